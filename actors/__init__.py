@@ -1,0 +1,1 @@
+"""What runs on a GPU: cell identity, the record, model loading, compression, evaluation, cost."""

@@ -1,0 +1,1 @@
+"""What a user drives: configuration, grid, launch, queries, statistics, frontiers, report."""
