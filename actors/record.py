@@ -12,6 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ CELLS = _schema(
     ("key", _s), ("artifact_key", _s), ("model", _s), ("revision", _s), ("method", _s), ("bits", _i), ("group_size", _i),
     ("sparsity", _f), ("pattern", _s), ("params", _s), ("backend", _s), ("dtype", _s), ("calibration", _s),
     ("calibration_digest", _s), ("samples", _i), ("seqlen", _i), ("template", _s), ("seed", _i), ("overlap", _f), ("suite", _s),
+    ("evaluation", _s),
     ("status", _s), ("error_type", _s), ("error", _s), ("attempts", _i), ("parameters", _i), ("size_bytes", _i),
     ("bits_per_weight", _f), ("sparsity_reached", _f), ("execution", _s), ("kernel", _s), ("compress_s", _f), ("evaluate_s", _f),
     ("peak_memory_bytes", _i), ("prefill_tokens_s", _f), ("decode_tokens_s", _f), ("device", _s), ("versions", _s),
@@ -194,13 +196,26 @@ class Record:
         )
 
     def done(self) -> set[str]:
-        """Keys of all committed cells, compacted ones included."""
-        keys = {Path(p).stem for p in self.list("cells")}
+        """Keys of all committed cells, compacted ones included. A cell whose parts were damaged or removed since is not among them."""
+        keys = set.intersection(*(self._whole(name) for name in TABLES))
         for path in self.list("compact/cells"):
             table = self.get_table(path)
             if table is not None:
                 keys.update(table.column("key").to_pylist())
         return keys
+
+    def _whole(self, folder: str) -> set[str]:
+        """Keys of the part files of ``folder`` that end as Parquet files do."""
+        paths = self.list(folder)
+        with ThreadPoolExecutor(1 if self.local else 16) as pool:
+            return {Path(p).stem for p, ok in zip(paths, pool.map(self._ends_well, paths), strict=True) if ok}
+
+    def _ends_well(self, path: str) -> bool:
+        if self.local:
+            with open(f"{self.root}/{path}", "rb") as f:
+                f.seek(-min(4, os.fstat(f.fileno()).st_size), os.SEEK_END)
+                return f.read() == b"PAR1"
+        return True  # an object store shows whole objects only
 
     def partials(self, key: str) -> dict[str, list[dict[str, Any]]]:
         """Stored items of an unfinished cell, by task."""

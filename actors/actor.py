@@ -1,0 +1,246 @@
+"""The worker: one process, one device, one model held; computes cells and commits them to the record.
+
+A plain class: Ray wraps it in ``sweep/launch.py``, ``comptrust evaluate`` and the tests call it directly.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from .calibration import CalibrationConfig, calibrate, overlap
+from .cell import Cell
+from .errors import BadInput, CellError
+from .evaluate.config import EvaluationConfig
+from .record import Record
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+#: Compressions that took longer are cached on disk: a kill later in the cell does not cost them again.
+CACHE_FROM_S = 20.0
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker needs to know beside the cell."""
+
+    record: str
+    evaluation: Mapping[str, Any]  # EvaluationConfig as plain data
+    threads: int = 1
+    cache_gb: float = 50.0
+    execution: str = "auto"
+
+
+class Worker:
+    """Long-lived. ``prepare`` loads and compresses, ``evaluate`` measures and commits; ``run`` does both."""
+
+    def __init__(self, config: WorkerConfig, progress: Progress | None = None) -> None:
+        import torch
+
+        self.config, self.progress = config, progress or (lambda stage, done, total: None)
+        self.record = Record(config.record)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(config.threads)
+        self.held: tuple[str, str] | None = None  # (model revision, dtype)
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.prepared: tuple[str, Any, float] | None = None  # artifact_key, Compressed, seconds
+        self._calibrations: dict[str, Any] = {}
+        self._references: dict[str, Any] = {}
+        self._plan: Any = None
+
+    # -- the two steps ------------------------------------------------------------------------------------------------
+
+    def run(self, cell: Cell, attempt: int = 1, batch_scale: float = 1.0) -> dict[str, Any]:
+        """Both steps; returns the committed (or failed) row of table ``cells``, and its metrics under ``"metrics"``."""
+        self.prepare(cell)
+        return self.evaluate(cell, attempt, batch_scale)
+
+    def prepare(self, cell: Cell) -> None:
+        """Load the model if another is held, compress. Errors are kept for ``evaluate``, which records them."""
+        from .cost import PeakMemory
+
+        self.started = datetime.now(UTC)
+        self.peak = PeakMemory(self.device)
+        self.peak.start()
+        self.error: Exception | None = None
+        try:
+            self._hold(cell)
+            self._compress(cell)
+        except Exception as e:  # recorded by evaluate()
+            self.error = e
+            self.prepared = None
+
+    def evaluate(self, cell: Cell, attempt: int = 1, batch_scale: float = 1.0) -> dict[str, Any]:
+        """Measure the prepared cell and commit it. A cell's own error becomes a row of ``failed`` and is returned, not raised."""
+        row = cell_row(cell, attempts=attempt, started_at=self.started)
+        try:
+            if self.error is not None:
+                raise self.error
+            return self._evaluate(cell, row, batch_scale)
+        except Exception as e:
+            log.warning("cell %s (%s) failed", cell.key, cell.label, exc_info=not isinstance(e, CellError | BadInput))
+            failed = {**row, "status": "failed", "error_type": type(e).__name__, "error": str(e)[:2000], "finished_at": datetime.now(UTC)}
+            self.record.fail(failed)
+            return failed
+        finally:
+            self.prepared = None
+            gc.collect()
+
+    # -- model and compression ----------------------------------------------------------------------------------------
+
+    def _hold(self, cell: Cell) -> None:
+        from . import models
+
+        want = (cell.revision, cell.dtype)
+        if self.held == want:
+            return
+        self.model = self.tokenizer = self.prepared = None
+        self.held = None
+        self._calibrations.clear()
+        self._references.clear()
+        gc.collect()
+        self.progress("load model", 0, 1)
+        ref = models.resolve(cell.model)
+        if ref.revision != cell.revision:
+            raise CellError(f"{cell.model} is now {ref.revision}, the sweep was planned with {cell.revision}")
+        self.model, self.tokenizer = models.load(ref, dtype=cell.dtype, device=self.device, progress=self.progress)
+        self.held = want
+
+    def _compress(self, cell: Cell) -> None:
+        from . import compress
+
+        if self.prepared and self.prepared[0] == cell.artifact_key:
+            return
+        self.prepared = None
+        tokens = self._calibration(cell).tokens if cell.calibration else None
+        start = time.perf_counter()
+        compressed = compress.compress(
+            self.model, cell.method, dict(cell.params), tokens, device=self.device, progress=self.progress
+        )
+        self.prepared = (cell.artifact_key, compressed, time.perf_counter() - start)
+
+    def _calibration(self, cell: Cell) -> Any:
+        found = self._calibrations.get(cell.calibration_digest)
+        if found is None:
+            self.progress("calibration", 0, 1)
+            found = calibrate(CalibrationConfig(**cell.calibration), self.tokenizer)
+            if found.digest != cell.calibration_digest:
+                raise CellError(f"calibration tokens are now {found.digest}, the sweep was planned with {cell.calibration_digest}")
+            self._calibrations[found.digest] = found
+        return found
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Any:
+        if self._plan is None:
+            from .evaluate.data import load_pack
+            from .evaluate.run import plan_evaluation
+
+            self._plan = plan_evaluation(EvaluationConfig(**self.config.evaluation), load_pack())
+        return self._plan
+
+    def _evaluate(self, cell: Cell, row: dict[str, Any], batch_scale: float) -> dict[str, Any]:
+        from .cost import device_name, speed, versions
+        from .evaluate.run import evaluate
+
+        if self.plan.digest != cell.evaluation:
+            raise CellError(f"evaluation data here has digest {self.plan.digest}, the sweep was planned with {cell.evaluation}")
+        _, compressed, compress_s = self.prepared
+        start = time.perf_counter()
+        dense = cell.method == "dense"
+        result = evaluate(
+            compressed.model,
+            self.tokenizer,
+            self.plan,
+            reference=None if dense else self._reference(cell),
+            done=self.record.partials(cell.key),
+            on_task=lambda task, rows: self.record.put_partial(cell.key, task, rows),
+            progress=self.progress,
+            batch_scale=batch_scale,
+        )
+        if dense:
+            self.record.put_tensors(f"reference/{cell.key}.safetensors", result.reference_out)
+        self.progress("speed", 0, 1)
+        prefill, decode = speed(compressed.model)
+        row |= {
+            "status": "done",
+            "parameters": compressed.parameters,
+            "size_bytes": compressed.size_bytes,
+            "bits_per_weight": compressed.bits_per_weight,
+            "sparsity_reached": compressed.sparsity_reached,
+            "overlap": self._overlap(cell),
+            "execution": "simulated",
+            "kernel": None,
+            "compress_s": compress_s,
+            "evaluate_s": time.perf_counter() - start,
+            "prefill_tokens_s": prefill,
+            "decode_tokens_s": decode,
+            "peak_memory_bytes": self.peak.read(),
+            "device": device_name(self.device),
+            "versions": versions(),
+            "finished_at": datetime.now(UTC),
+        }
+        metrics = [m._asdict() for m in result.metrics]
+        self.record.commit(row, metrics, result.items, compressed.layers)
+        return {**row, "metrics": metrics}
+
+    def _reference(self, cell: Cell) -> Any:
+        """The dense cell's reference outputs, or None if the dense cell failed."""
+        key = dense_of(cell).key
+        if key not in self._references:
+            self._references[key] = self.record.get_tensors(f"reference/{key}.safetensors")
+        return self._references[key]
+
+    def _overlap(self, cell: Cell) -> float | None:
+        if not cell.calibration:
+            return None
+        return overlap(self._calibration(cell), self.plan.item_texts())
+
+
+def dense_of(cell: Cell) -> Cell:
+    """The dense cell that ``cell`` is compared with."""
+    return cell.model_copy(
+        update={"method": "dense", "params": {}, "backend": "comptrust", "calibration": None, "calibration_digest": None}
+    )
+
+
+def cell_row(cell: Cell, **more: Any) -> dict[str, Any]:
+    """Identity columns of table ``cells``."""
+    p, c = cell.params, cell.calibration or {}
+    pattern = p.get("pattern")
+    sparsity = p.get("sparsity")
+    if pattern and pattern != "unstructured" and sparsity is None:
+        n, m = map(int, str(pattern).split(":"))
+        sparsity = 1 - n / m
+    return {
+        "key": cell.key,
+        "artifact_key": cell.artifact_key,
+        "model": cell.model,
+        "revision": cell.revision,
+        "method": cell.method,
+        "bits": p.get("bits", {"llm_int8": 8, "nf4": 4, "fp4": 4}.get(cell.method)),
+        "group_size": p.get("group_size"),
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "params": dict(p),
+        "backend": cell.backend,
+        "dtype": cell.dtype,
+        "calibration": c.get("source") if isinstance(c.get("source"), str | None) else str(c["source"]),
+        "calibration_digest": cell.calibration_digest,
+        "samples": c.get("samples"),
+        "seqlen": c.get("seqlen"),
+        "template": cell.template,
+        "seed": c.get("seed"),
+        "suite": cell.suite,
+        "evaluation": cell.evaluation,
+        **more,
+    }

@@ -1,0 +1,266 @@
+"""``SweepConfig``: a sweep is one reviewable YAML file. Lists are axes of the grid; everything else is one value.
+
+Bad values become one ``BadInput`` with the YAML path and the fix; impossible combinations inside a grid are skipped by ``grid.expand``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ..actors.calibration import CalibrationConfig
+from ..actors.cell import METHODS
+from ..actors.errors import BadInput
+from ..actors.evaluate.config import EvaluationConfig
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """A model of the grid. In YAML a plain string is its ``id``."""
+
+    id: str = Field(description="hub id (org/name@revision), directory, or package:NAME")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="dtype of weights and arithmetic; default: bfloat16 with a GPU, float32 without"
+    )
+    gpus: float | None = Field(default=None, ge=0, description="GPUs per cell of this model; default: resources.gpus")
+    memory_gb: float | None = Field(default=None, gt=0, description="host memory per cell, GB; default: resources.memory_gb")
+
+
+class CalibrationAxes(CalibrationConfig):
+    """Calibration of the sweep; ``samples``, ``seqlen``, ``seed`` and ``template`` may be lists, and are then axes."""
+
+    samples: int | list[int] = Field(default=128, description="calibration sequences")  # type: ignore[assignment]
+    seqlen: int | list[int] = Field(default=2048, description="tokens a sequence")  # type: ignore[assignment]
+    seed: int | list[int] = Field(default=0, description="seed that draws the windows")  # type: ignore[assignment]
+    template: bool | list[bool] = Field(default=False, description="wrap texts in the chat template")  # type: ignore[assignment]
+
+    def expand(self) -> list[CalibrationConfig]:
+        """One ``CalibrationConfig`` for each combination of the axes."""
+        blocks = product({k: v for k, v in self.model_dump().items()}, ("samples", "seqlen", "seed", "template"))
+        return [CalibrationConfig(**b) for b in blocks]
+
+
+class MethodConfig(BaseModel):
+    """A block of the grid: one method and its parameters, each a value or a list. Blocks are ragged: each has its own parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    method: str = Field(description="one of: " + " ".join(METHODS))
+    backend: Literal["comptrust", "autoawq", "auto-gptq", "gptqmodel", "llmcompressor"] = "comptrust"
+    calibration: CalibrationAxes | None = Field(default=None, description="instead of the sweep's calibration, for this block")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, v: str) -> str:
+        if v not in METHODS:
+            raise ValueError(unknown(v, METHODS, "method"))
+        return v
+
+    def params(self) -> list[dict[str, Any]]:
+        """Each combination of the block's parameters, defaults not yet filled in."""
+        extra = self.model_extra or {}
+        return product(extra, tuple(extra))
+
+
+class Resources(_Frozen):
+    """What one cell takes, and how often it may be tried."""
+
+    gpus: float | None = Field(default=None, ge=0, description="GPUs per cell (0.5: two cells share one); default 1 if the cluster has any, else 0")
+    cpus: int = Field(default=1, ge=1, description="CPU threads per cell")
+    memory_gb: float | None = Field(default=None, gt=0, description="host memory reserved per cell, GB")
+    workers: int | None = Field(default=None, ge=1, description="at most so many cells at once; default: as many as fit")
+    timeout_s: float | None = Field(default=None, gt=0, description="a cell that runs longer fails, seconds")
+    attempts: int = Field(default=3, ge=1, le=20, description="tries of a cell whose worker or node dies; a cell's own error is final")
+    max_failures: int = Field(default=1_000_000, ge=1, description="stop the sweep after so many failed cells")
+    cache_gb: float = Field(default=50, ge=0, description="disk budget of cached compressed artefacts per node, GB; 0: none")
+
+
+class WandbConfig(_Frozen):
+    """The live view. Keys come from the environment (WANDB_API_KEY) or netrc only."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "comptrust"
+    entity: str | None = None
+    items: bool = Field(default=False, description="upload item texts (prompts and answers) as tables")
+    init_timeout_s: float = Field(default=20, gt=0)
+    finish_timeout_s: float = Field(default=60, gt=0)
+
+
+class SweepConfig(_Frozen):
+    """A whole sweep. ``comptrust plan`` shows what it comes to."""
+
+    name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9._-]+$", max_length=64)
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    methods: tuple[MethodConfig, ...] = Field(default=(), description="blocks of the grid; the dense cell of each model is always added")
+    exclude: tuple[dict[str, Any], ...] = Field(default=(), description="cells to leave out: all given fields must match, lists mean any of")
+    calibration: CalibrationAxes = Field(default_factory=CalibrationAxes)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    resources: Resources = Field(default_factory=Resources)
+    results: str = Field(default="", description="folder, s3://... or gs://...; default: results/<name>")
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    execution: Literal["auto", "kernel", "simulated"] = Field(
+        default="auto", description="evaluate pruned cells through our kernels (auto: on a supported GPU)"
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _strings(cls, v: Any) -> Any:
+        return [{"id": m} if isinstance(m, str) else m for m in v] if isinstance(v, list | tuple) else v
+
+    @model_validator(mode="after")
+    def _defaults(self) -> SweepConfig:
+        if not self.results:
+            object.__setattr__(self, "results", f"results/{self.name}")
+        return self
+
+
+def product(block: dict[str, Any], axes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Cartesian product over the ``axes`` of ``block`` that are lists, in the order written (last axis fastest)."""
+    out: list[dict[str, Any]] = [{}]
+    for name, value in block.items():
+        values = value if name in axes and isinstance(value, list | tuple) else [value]
+        out = [{**o, name: v} for o in out for v in values]
+    return out
+
+
+def unknown(value: Any, known: Any, what: str) -> str:
+    """``unknown method 'gtpq'. Did you mean 'gptq'?`` or the list of what is known."""
+    near = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(map(str, known))}."
+    return f"unknown {what} {value!r}. {hint}"
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML 1.2 (so ``2:4`` is text, ``1e-5`` a number, duplicate keys an error) as plain Python."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise BadInput(f"not valid YAML: {getattr(e, 'problem', None) or e}", where=f"{where}{line}") from e
+
+
+def shipped() -> list[str]:
+    """Names of the sweeps that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("comptrust.conf").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> SweepConfig:
+    """``SWEEP`` (a YAML file, a shipped name, or a mapping) with ``a.b=c`` overrides applied."""
+    if isinstance(sweep, dict):
+        data, where = json.loads(json.dumps(sweep)), "sweep"
+    else:
+        path = Path(sweep)
+        if path.is_file():
+            text, where = path.read_text(), str(sweep)
+        elif str(sweep) in shipped():
+            text, where = (resources.files("comptrust.conf") / f"{sweep}.yaml").read_text(), str(sweep)
+        else:
+            names = shipped()
+            near = difflib.get_close_matches(str(sweep), names, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise BadInput(f"no sweep {str(sweep)!r}", where="SWEEP", fix=f"{hint}Give a YAML file or one of: {', '.join(names)}.")
+        data = parse_yaml(text, where)
+    if not isinstance(data, dict):
+        raise BadInput(f"a sweep is a mapping, this is {type(data).__name__}", where=where, fix="Start from `comptrust plan quickstart`.")
+    for text in overrides:
+        _override(data, text)
+    return validate(SweepConfig, data)
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    path, eq, value = text.partition("=")
+    if not eq or not path:
+        raise BadInput(f"{text!r} is no override", where="--set", fix="Write --set a.b=c, for example --set evaluation.suite=standard.")
+    node: Any = data
+    *parents, last = path.split(".")
+    for i, name in enumerate(parents):
+        node = _child(node, name, ".".join(parents[: i + 1]))
+    parsed = parse_yaml(value, f"--set {path}")
+    if isinstance(node, list):
+        node[_index(node, last, path)] = parsed
+    elif isinstance(node, dict):
+        node[last] = parsed
+    else:
+        raise BadInput(f"{'.'.join(parents)} is {node!r}, no mapping", where=f"--set {path}", fix="Name a field of a mapping.")
+
+
+def _child(node: Any, name: str, path: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, name, path)]
+    if not isinstance(node, dict):
+        raise BadInput(f"{node!r} is no mapping", where=f"--set {path}", fix="Name a field of a mapping.")
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _index(node: list[Any], name: str, path: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise BadInput(f"{name!r} is no index of a list of {len(node)}", where=f"--set {path}", fix="Count from 0.")
+    return int(name)
+
+
+def validate(model: type[BaseModel], data: Any, where: str = "") -> Any:
+    """``model`` from plain data; the first pydantic error as ``BadInput`` with the YAML path, the value and what is allowed."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        # A union reports one error a branch; the longest path is the branch that the user meant.
+        err = max(errors, key=lambda x: len(x["loc"])) if len({str(x["loc"][:1]) for x in errors}) == 1 else errors[0]
+        path = _yaml_path(err["loc"], data)
+        full = ".".join(p for p in (where, path) if p)
+        if err["type"] == "extra_forbidden":
+            fields = _fields_at(model, err["loc"])
+            raise BadInput(unknown(err["loc"][-1], fields, "field"), where=full) from None
+        problem = err["msg"].removeprefix("Value error, ")
+        shown = repr(err.get("input"))
+        value = "" if shown in problem or len(shown) > 80 or err["type"] == "missing" else f" (got {shown})"
+        more = f" ({len(errors) - 1} more after this one.)" if len(errors) > 1 else ""
+        raise BadInput(f"{problem}{value}", where=full, fix=more.strip()) from None
+
+
+def _yaml_path(loc: tuple[int | str, ...], data: Any) -> str:
+    """Only the parts of a pydantic location that are keys or indices of the data (a union adds its branches)."""
+    out, node = "", data
+    for n, part in enumerate(loc):
+        if isinstance(part, int) and isinstance(node, list | tuple) and part < len(node):
+            out, node = f"{out}[{part}]", node[part]
+        elif isinstance(part, str) and isinstance(node, dict) and (part in node or n == len(loc) - 1):
+            out, node = f"{out}.{part}" if out else part, node.get(part)
+    return out
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    from typing import get_args
+
+    current: Any = model
+    for part in loc[:-1]:
+        if isinstance(part, int) or not hasattr(current, "model_fields") or part not in current.model_fields:
+            continue
+        todo, current = [current.model_fields[part].annotation], None
+        while todo:
+            t = todo.pop()
+            if isinstance(t, type) and issubclass(t, BaseModel):
+                current = t
+            todo.extend(get_args(t))
+    return list(current.model_fields) if current is not None else []
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a sweep file, for editors (``conf/sweep.schema.json``)."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **SweepConfig.model_json_schema()}

@@ -1,0 +1,177 @@
+"""From a ``SweepConfig`` to its cells: every combination, the dense cell of each model first, impossible ones listed with their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..actors.cell import Cell, canonical
+from ..actors.errors import BadInput
+from .config import CalibrationAxes, MethodConfig, ModelConfig, SweepConfig, unknown, validate
+
+BITSANDBYTES = ("llm_int8", "nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A combination that cannot be, and why."""
+
+    model: str
+    label: str
+    reason: str
+
+
+@dataclass
+class Grid:
+    """What a sweep comes to. ``plan`` is the evaluation shared by all cells, ``need`` the resources of each model."""
+
+    cells: list[Cell]
+    skipped: list[Skip]
+    plan: Any
+    need: dict[str, ModelConfig] = field(default_factory=dict)
+    overlap: dict[str, float] = field(default_factory=dict)  # calibration digest -> share of evaluated items met in calibration
+
+    @property
+    def keys(self) -> list[str]:
+        return [c.key for c in self.cells]
+
+
+def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None) -> Grid:
+    """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights.
+
+    Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data.
+    """
+    from ..actors.evaluate.data import load_pack
+    from ..actors.evaluate.run import plan_evaluation
+
+    blocks = [_checked(block, i) for i, block in enumerate(config.methods)]
+    _check_exclude(config)
+    plan = plan_evaluation(config.evaluation, load_pack())
+    grid = Grid([], [], plan)
+    for i, model in enumerate(config.models):
+        if progress:
+            progress("models", i, len(config.models))
+        _expand_model(config, i, model, blocks, grid)
+    if progress:
+        progress("models", len(config.models), len(config.models))
+    unique = {c.key: c for c in grid.cells}
+    grid.cells = list(unique.values())
+    return grid
+
+
+def _checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[str, Any]]]:
+    """The block with its parameter combinations, each validated against its method; sweeps fail here, before any model is read."""
+    from ..actors import compress
+
+    where = f"methods[{index}]"
+    if block.method == "dense":
+        return block, [{}]
+    known = compress.METHODS[block.method].config.model_fields
+    for name in block.model_extra or {}:
+        if name not in known:
+            raise BadInput(unknown(name, [*known, "backend", "calibration"], f"parameter of {block.method}"), where=f"{where}.{name}")
+    return block, [compress.check(block.method, p, where=where) for p in block.params()]
+
+
+def _check_exclude(config: SweepConfig) -> None:
+    from ..actors import compress
+
+    known = {"model", "method", "backend", "dtype", "seed", "samples", "seqlen", "calibration"}
+    known |= {f for m in compress.METHODS.values() for f in m.config.model_fields}
+    for i, rule in enumerate(config.exclude):
+        for name in rule:
+            if name not in known:
+                raise BadInput(unknown(name, sorted(known), "field"), where=f"exclude[{i}].{name}")
+
+
+def _excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
+    def fits(want: Any, have: Any) -> bool:
+        return have in want if isinstance(want, list | tuple) else have == want
+
+    return any(all(fits(v, facts.get(k)) for k, v in rule.items()) for rule in config.exclude)
+
+
+def _expand_model(
+    config: SweepConfig, index: int, model: ModelConfig, blocks: list[tuple[MethodConfig, list[dict[str, Any]]]], grid: Grid
+) -> None:
+    from ..actors import compress, models
+
+    where = f"models[{index}].id"
+    ref = models.resolve(model.id, where=where)
+    tokenizer = models.load_tokenizer(ref)
+    hf_config = models.load_config(ref)
+    dtype = model.dtype or default_dtype()
+    grid.plan.check_tokenizer(tokenizer, where)
+    base = {
+        "model": model.id,
+        "revision": ref.revision,
+        "dtype": dtype,
+        "template": models.template_digest(tokenizer),
+        "suite": config.evaluation.suite,
+        "evaluation": grid.plan.digest,
+    }
+    grid.need[model.id] = model
+    grid.cells.append(Cell(**base, method="dense"))
+    for block, combinations in blocks:
+        if block.method == "dense":
+            continue
+        spec = compress.METHODS[block.method]
+        backend = block.backend if block.backend != "comptrust" else ("bitsandbytes" if block.method in BITSANDBYTES else "comptrust")
+        axes = block.calibration or config.calibration
+        calibrations = _calibrations(axes, tokenizer, ref, grid) if spec.needs_calibration else [(None, None)]
+        for params in combinations:
+            reason = compress.incompatible(block.method, params, hf_config)
+            for spec_c, digest in calibrations:
+                cell = Cell(
+                    **base, method=block.method, params=params, backend=backend,
+                    calibration=spec_c, calibration_digest=digest,
+                )  # fmt: skip
+                if _excluded(config, {**(spec_c or {}), **params, **base, "method": block.method, "backend": backend}):
+                    continue
+                if reason:
+                    grid.skipped.append(Skip(model.id, cell.label, reason))
+                    break
+                grid.cells.append(cell)
+
+
+def _calibrations(axes: CalibrationAxes, tokenizer: Any, ref: Any, grid: Grid) -> list[tuple[dict[str, Any], str]]:
+    from ..actors.calibration import calibration_digest
+
+    out = []
+    for c in axes.expand():
+        digest = calibration_digest(c, tokenizer, ref=ref)
+        out.append((c.model_dump(mode="json"), digest))
+    return out
+
+
+def default_dtype() -> str:
+    """bfloat16 with a GPU; float32 without (bf16 is 5x slower on AVX2)."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def order(cells: list[Cell], workers: int) -> list[Cell]:
+    """Launch order: dense first, then longest methods first, models interleaved ``workers`` wide so that each worker keeps one model."""
+    longest = ("gptq", "sparsegpt", "awq", "gblm", "smoothquant", "wanda", "llm_int8", "nf4", "fp4", "magnitude", "rtn")
+    rank = {m: i for i, m in enumerate(longest)}
+    by_model: dict[str, list[Cell]] = {}
+    for c in cells:
+        by_model.setdefault(c.model + c.dtype, []).append(c)
+    queues = [sorted(q, key=lambda c: (c.method != "dense", rank.get(c.method, 0), canonical(dict(c.params)))) for q in by_model.values()]
+    out: list[Cell] = []
+    active, rest = queues[: max(workers, 1)], queues[max(workers, 1) :]
+    while active:
+        for q in list(active):
+            out.append(q.pop(0))
+            if not q:
+                active.remove(q)
+                if rest:
+                    active.append(rest.pop(0))
+    return out
+
+
+def config_of(sweep: dict[str, Any]) -> SweepConfig:
+    """The configuration stored in ``sweeps/<id>.json``."""
+    return validate(SweepConfig, sweep["config"])

@@ -1,0 +1,205 @@
+"""The pool: long-lived workers pinned to GPUs, handed to coordinators by model affinity. Runs inside one Ray actor.
+
+Rules. Dense cells first; a cell waits until its model's dense cell is done or has failed. A free worker takes a cell of the model it
+holds; it changes model only when no cell of its model is left to come. Workers are added while cells wait and there is room, idle ones
+give their GPU back. A worker is made for one kind of need (GPUs, CPUs, memory) and dies with its driver: nothing is detached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+#: A free worker waits so long for a cell of its own model before it takes another model's.
+AFFINITY_WAIT_S = 0.3
+
+
+@dataclass(frozen=True)
+class Need:
+    """Resources of one cell, as Ray counts them."""
+
+    gpus: float = 0
+    cpus: float = 1
+    memory: int = 0  # bytes, 0: none reserved
+    threads: int = 1
+
+
+@dataclass
+class Request:
+    key: str
+    model: str
+    dense: bool
+    need: Need
+    future: asyncio.Future
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Slot:
+    """One worker as the pool sees it."""
+
+    id: int
+    need: Need
+    handle: Any
+    model: str | None = None
+    key: str | None = None  # cell at work
+    idle_since: float = field(default_factory=time.monotonic)
+    stage: str = "starting"
+    done: int = 0
+    total: int = 0
+    started: float = 0.0
+
+
+class Pool:
+    """``make(need, id)`` creates a worker handle; ``limit`` bounds the workers (0: grow with demand); ``cells`` is [(key, model, dense)]."""
+
+    def __init__(self, make: Any, cells: list[tuple[str, str, bool]], limit: int, idle_s: float = 30.0) -> None:
+        self.make, self.limit, self.idle_s = make, limit, idle_s
+        self.to_come = Counter(model for _, model, _ in cells)
+        # A dense cell that is not among the cells to do was done before.
+        self.dense = {model: "queued" for _, model, dense in cells if dense}
+        self.waiting: deque[Request] = deque()
+        self.slots: dict[int, Slot] = {}
+        self.next_id = 0
+        self.dense_changed = asyncio.Event()
+        self.states: dict[str, str] = {}
+        self.finished: list[dict[str, Any]] = []
+        self.loads = 0
+
+    # -- coordinators -------------------------------------------------------------------------------------------------
+
+    async def acquire(self, key: str, model: str, dense: bool, need: Need) -> tuple[int, Any]:
+        """A worker for this cell; waits until there is one."""
+        request = Request(key, model, dense, need, asyncio.get_running_loop().create_future())
+        self.waiting.append(request)
+        self.states[key] = "waiting"
+        self._schedule()
+        while not request.future.done():
+            await asyncio.wait([request.future], timeout=AFFINITY_WAIT_S)
+            self._schedule()
+        return request.future.result()
+
+    async def release(self, worker: int, model: str | None, dead: bool = False, retire: bool = False) -> None:
+        """Give a worker back; ``model`` is what it holds now."""
+        slot = self.slots.get(worker)
+        if slot is None:
+            return
+        if dead or retire:
+            del self.slots[worker]
+            if retire:
+                _kill(slot.handle)
+        else:
+            if model != slot.model:
+                self.loads += 1
+            slot.model, slot.key, slot.stage, slot.idle_since = model, None, "idle", time.monotonic()
+        self._schedule()
+
+    async def finish(self, key: str, model: str, dense: bool, state: str, row: dict[str, Any] | None = None) -> None:
+        """A cell has ended (``done`` or ``failed``): it will not come again."""
+        self.states[key] = state
+        self.to_come[model] -= 1
+        if row is not None:
+            self.finished.append(row)
+        if dense:
+            self._dense(model, state)
+        self._schedule()
+
+    async def dense_running(self, model: str, state: str) -> None:
+        self._dense(model, state)
+
+    def _dense(self, model: str, state: str) -> None:
+        self.dense[model] = state
+        self.dense_changed.set()
+        self.dense_changed = asyncio.Event()
+
+    async def wait_dense(self, model: str) -> str:
+        """``done``, ``failed``, ``absent`` (done in an earlier run), or ``queued``: nobody works on it, so don't hold a worker for it."""
+        while self.dense.get(model) == "running":
+            await self.dense_changed.wait()
+        return self.dense.get(model, "absent")
+
+    async def progress(self, worker: int, stage: str, done: int, total: int) -> None:
+        if slot := self.slots.get(worker):
+            slot.stage, slot.done, slot.total = stage, done, total
+
+    async def snapshot(self) -> dict[str, Any]:
+        """What the live view shows; drains the finished rows."""
+        rows, self.finished = self.finished, []
+        return {
+            "states": dict(Counter(self.states.values())),
+            "finished": rows,
+            "loads": self.loads,
+            "workers": [
+                {"id": s.id, "key": s.key, "model": s.model, "stage": s.stage, "done": s.done, "total": s.total, "started": s.started}
+                for s in self.slots.values()
+            ],
+        }
+
+    async def workers(self) -> list[Any]:
+        return [s.handle for s in self.slots.values()]
+
+    # -- assignment ---------------------------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        now = time.monotonic()
+        while self.waiting:
+            pick = self._pick(now)
+            if pick is None:
+                break
+            request, slot = pick
+            self.waiting.remove(request)
+            slot.key, slot.stage, slot.started, slot.done, slot.total = request.key, "assigned", time.time(), 0, 0
+            self.states[request.key] = "running"
+            if request.dense:
+                self._dense(request.model, "running")
+            if not request.future.done():
+                request.future.set_result((slot.id, slot.handle))
+        for slot in [s for s in self.slots.values() if s.key is None and now - s.idle_since > self.idle_s]:
+            if not any(r.need == slot.need for r in self.waiting):
+                del self.slots[slot.id]
+                _kill(slot.handle)
+
+    def _pick(self, now: float) -> tuple[Request, Slot] | None:
+        ready = [r for r in self.waiting if not r.future.done()]
+        ready.sort(key=lambda r: (not r.dense, r.since))
+        free = [s for s in self.slots.values() if s.key is None]
+        for request in ready:  # a worker that holds the model
+            for slot in free:
+                if slot.need == request.need and slot.model == request.model:
+                    return request, slot
+        for request in ready:
+            if self._blocked(request):
+                continue
+            for slot in free:  # an empty worker, or one whose own model is finished or does not come
+                if slot.need == request.need and (
+                    slot.model is None or self.to_come[slot.model] <= 0 or now - slot.idle_since > AFFINITY_WAIT_S
+                ):
+                    return request, slot
+            if not self.limit or len(self.slots) < self.limit:
+                slot = self._grow(request.need)
+                return request, slot
+            other = next((s for s in free if s.need != request.need and not any(r.need == s.need for r in ready)), None)
+            if other is not None:  # room is taken by an idle worker of another kind
+                del self.slots[other.id]
+                _kill(other.handle)
+                return request, self._grow(request.need)
+        return None
+
+    def _blocked(self, request: Request) -> bool:
+        """A cell whose model's dense cell still waits for a worker must not take the room it needs."""
+        return not request.dense and self.dense.get(request.model) == "queued" and any(r.dense for r in self.waiting)
+
+    def _grow(self, need: Need) -> Slot:
+        slot = Slot(self.next_id, need, self.make(need, self.next_id))
+        self.slots[slot.id] = slot
+        self.next_id += 1
+        return slot
+
+
+def _kill(handle: Any) -> None:
+    import ray
+
+    ray.kill(handle)

@@ -1,0 +1,288 @@
+"""The record as tables: DuckDB over the part files and the compacted ones, with the wide view ``results``.
+
+Only committed cells are read (``cells/<key>.parquet`` exists or a compacted generation lists it); a key that stands in several places
+is read once, newest generation first. Truncated and foreign files are left out and named in ``Results.ignored``.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..actors.cell import DIMENSIONS
+from ..actors.errors import BadInput
+from ..actors.record import TABLES, Record, check_version
+
+#: Metrics of the view ``results`` that are no dimension: column -> (dimension, metric) in table ``metrics``.
+EXTRA = {
+    "perplexity": ("utility", "perplexity"),
+    "mmlu": ("utility", "mmlu"),
+    "kl_dense": ("divergence", "kl_dense"),
+    "top1_agreement": ("divergence", "top1_agreement"),
+    "flips": ("divergence", "flips"),
+}
+
+
+def load_results(uri: str | Path) -> Results:
+    """Open a results folder or URI. ``BadInput`` if nothing is recorded there or a newer comptrust wrote it."""
+    return Results(Record(uri))
+
+
+class Results:
+    """Read access to one record. SQL sees ``cells metrics items layers failed results``; tables load when first used."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.ignored: list[str] = []
+        self.generations = _generations(record)
+        self.db = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
+        self.db.execute("SET enable_progress_bar = false")
+        self._loaded: set[str] = set()
+        self._keys = self._part_keys()
+        if not self._keys and not self.generations and not record.list("failed") and not record.list("sweeps", ".json"):
+            raise BadInput(f"no results in {record.uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
+        for gen in self.generations:
+            check_version(_read_schema(record, f"compact/cells/{gen}.parquet"), f"{record.uri}/compact/cells/{gen}.parquet")
+        if self._keys:
+            # One part speaks for its writer's version; a damaged one is left to the loader, which reports it.
+            record.get_table(f"cells/{self._keys[-1]}.parquet")
+        if record.local:
+            self.db.execute(f"SET allowed_directories = ['{record.root.replace(chr(39), chr(39) * 2)}/']")
+        self.db.execute("SET enable_external_access = false")
+
+    # -- queries ------------------------------------------------------------------------------------------------------
+
+    def sql(self, query: str, params: Sequence[Any] | None = None) -> pa.Table:
+        """The answer of one read-only DuckDB query; ``BadInput`` for SQL that does not run."""
+        return self._execute(query, params).to_arrow_table()
+
+    def rows(self, query: str, params: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        return self.sql(query, params).to_pylist()
+
+    def items(self, keys: Sequence[str] | None = None) -> pa.Table:
+        """Table ``items``, of all cells or of ``keys``."""
+        if keys is None:
+            return self.sql("select * from items")
+        return self.sql("select * from items where key in (select unnest(?::varchar[]))", [list(keys)])
+
+    def find(self, prefix: str) -> str:
+        """The key that starts with ``prefix``; ``BadInput`` if there is none or more than one."""
+        keys = [r["key"] for r in self.rows("select key from cells where starts_with(key, ?) order by key limit 9", [prefix])]
+        if len(keys) == 1:
+            return keys[0]
+        if not keys:
+            raise BadInput(
+                f"no cell {prefix!r}", where="CELL", fix='List them: comptrust query RESULTS "select key, method, bits from results"'
+            )
+        raise BadInput(f"{prefix!r} fits {len(keys)} cells or more: {', '.join(keys)}", where="CELL", fix="Give more digits.")
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the view ``results``."""
+        return [r[0] for r in self._execute("describe results").fetchall()]
+
+    def _execute(self, query: str, params: Sequence[Any] | None = None) -> duckdb.DuckDBPyConnection:
+        for name in (*TABLES, "failed", "results"):
+            if name in query:
+                self._load(name)
+        try:
+            return self.db.execute(query, params or [])
+        except duckdb.Error as e:
+            raise BadInput(f"{str(e).strip()}", where="SQL", fix="Tables: cells metrics items layers failed results.") from e
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _part_keys(self) -> list[str]:
+        compacted = _generation_keys(self.record, self.generations)
+        return [k for p in self.record.list("cells") if (k := Path(p).stem) not in compacted]
+
+    def _load(self, name: str) -> None:
+        if name in self._loaded:
+            return
+        self._loaded.add(name)
+        if name == "results":
+            for needed in ("cells", "metrics"):
+                self._load_source(needed, view=False)
+            self._load_source("wide", view=False)
+            self.db.execute(_results_view(bool(self.generations)))
+        elif name == "failed":
+            self._load_failed()
+        else:
+            self._load_source(name, view=True)
+
+    def _load_source(self, name: str, view: bool) -> None:
+        """``part_<name>``: rows of part files; ``gen_<name>``: rows of compacted generations; ``<name>``: both."""
+        if f"part_{name}" not in self._loaded:
+            self._loaded.add(f"part_{name}")
+            if name != "wide":
+                self._parts_view(name)
+            if self.generations:
+                self._generation_view(name)
+        if view:
+            union = f"select * from part_{name}" + (f" union all by name select * from gen_{name}" if self.generations else "")
+            self.db.execute(f"create or replace view {name} as {union}")
+
+    def _parts_view(self, name: str) -> None:
+        if self._keys and self.record.local:
+            files = [f"{self.record.root}/{name}/{k}.parquet" for k in self._keys]
+            quoted = ", ".join("'" + f.replace("'", "''") + "'" for f in files)
+            try:
+                # A table, not a view: a compaction beside us may remove the parts between two queries.
+                self.db.execute(f"create table part_{name} as select * from read_parquet([{quoted}], union_by_name = true)")
+                return
+            except duckdb.Error:
+                self.db.execute(f"drop table if exists part_{name}")  # some part is damaged or foreign: read one by one
+        table = self._read_parts(name)
+        self.db.register(f"arrow_{name}", table)
+        self.db.execute(f"create table part_{name} as select * from arrow_{name}")
+
+    def _read_parts(self, name: str) -> pa.Table:
+        schema = TABLES[name]
+
+        def read(key: str) -> pa.Table | None:
+            table = self.record.get_table(f"{name}/{key}.parquet")
+            if table is None or set(schema.names) - set(table.column_names):
+                self.ignored.append(f"{name}/{key}.parquet")
+                return None
+            return table.select(schema.names).cast(schema)
+
+        with ThreadPoolExecutor(16) as pool:
+            parts = [t for t in pool.map(read, self._keys) if t is not None]
+        return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def _generation_view(self, name: str) -> None:
+        """Newest generation whole, older ones without the keys of newer ones."""
+        selects = []
+        for n, gen in enumerate(self.generations):
+            path = f"compact/{name}/{gen}.parquet"
+            if self.record.local:
+                source = "read_parquet('" + f"{self.record.root}/{path}".replace("'", "''") + "')"
+            else:
+                source = f"arrow_{name}_{n}"
+                self.db.register(source, pq.read_table(io.BytesIO(self.record.get(path))))
+            newer = " union all ".join(f"select key from gen_cells_{m}" for m in range(n))
+            where = f" where key not in ({newer})" if newer else ""
+            if name == "cells":
+                self.db.execute(f"create or replace view gen_cells_{n} as select * from {source}")
+            elif n and "part_cells" not in self._loaded:
+                self._load_source("cells", view=False)
+            selects.append(f"select * from {source}{where}")
+        self.db.execute(f"create or replace view gen_{name} as " + " union all by name ".join(selects))
+
+    def _load_failed(self) -> None:
+        """Latest failed attempt of each cell that has not succeeded since."""
+        self._load("cells")
+        tables = [t for p in self.record.list("failed") if (t := self.record.get_table(p)) is not None]
+        self.db.register("arrow_failed", pa.concat_tables(tables) if tables else TABLES["cells"].empty_table())
+        self.db.execute(
+            "create table failed as select * from arrow_failed where key not in (select key from cells)"
+            " qualify row_number() over (partition by key order by attempts desc) = 1"
+        )
+
+
+def _pivot() -> str:
+    """Metrics of convention ``comptrust`` as columns, one row a cell."""
+    pick = "max(value) filter (where dimension = '{}' and metric = '{}') as \"{}\""
+    columns = [pick.format(d, m, c) for c, (d, m) in EXTRA.items()]
+    for d in DIMENSIONS:
+        columns += [pick.format(d, "score", d), pick.format(d, "refusal", f"{d}_refusal")]
+        columns.append(f"coalesce(max(value) filter (where dimension = '{d}' and metric = 'valid') > 0, false) as {d}_valid")
+    return f"select key, {', '.join(columns)} from part_metrics where convention = 'comptrust' and scenario = '' group by key"
+
+
+def _wide(source: str = "part_cells") -> str:
+    return f"select c.*, m.* exclude (key) from {source} c left join ({_pivot()}) m on m.key = c.key"
+
+
+def _results_view(generations: bool) -> str:
+    wide = _wide() + (" union all by name select * from gen_wide" if generations else "")
+    trust = " + ".join(DIMENSIONS)
+    valid = " and ".join(f"coalesce({d}_valid, false)" for d in DIMENSIONS)
+    drops = ", ".join(f"d.{d} - w.{d}" for d in DIMENSIONS)
+    return f"""
+    create or replace view results as
+    with wide as ({wide}),
+    dense as (
+      select * from wide where method = 'dense'
+      qualify row_number() over (partition by model, revision, dtype, evaluation order by finished_at desc, key) = 1
+    )
+    select w.*, ({trust.replace("toxicity", "w.toxicity").replace(" + ", " + w.")}) / {len(DIMENSIONS)} as trust,
+      {valid.replace("coalesce(", "coalesce(w.")} as valid,
+      case when d.key is null then null else greatest({drops}) end as worst_drop,
+      d.key as dense_key
+    from wide w left join dense d on d.model = w.model and d.revision is not distinct from w.revision
+      and d.dtype is not distinct from w.dtype and d.evaluation is not distinct from w.evaluation
+    """  # noqa: S608 - column names are our constants
+
+
+# -- compaction -------------------------------------------------------------------------------------------------------
+
+
+def _generations(record: Record) -> list[str]:
+    """Committed generations, newest first."""
+    return sorted((Path(p).stem for p in record.list("compact/cells")), reverse=True)
+
+
+def _generation_keys(record: Record, generations: Sequence[str]) -> set[str]:
+    keys: set[str] = set()
+    for gen in generations:
+        with record.fs.open_input_file(f"{record.root}/compact/cells/{gen}.parquet") as f:
+            keys.update(pq.read_table(f, columns=["key"]).column("key").to_pylist())
+    return keys
+
+
+def _read_schema(record: Record, path: str) -> pa.Schema:
+    with record.fs.open_input_file(f"{record.root}/{path}") as f:
+        return pq.read_schema(f)
+
+
+def compact(uri: str | Path) -> tuple[int, int]:
+    """Merge part files into one generation and remove what was read. Returns (cells merged, part files removed).
+
+    The generation's ``cells`` file is written last and is its commit mark; a crash before it changes nothing, one after it leaves
+    parts that readers know to be read already and that the next ``compact`` removes.
+    """
+    record = Record(uri)
+    results = load_results(uri)
+    merged = len(results._keys)
+    old = list(results.generations)
+    removed = 0
+    if merged or len(old) > 1:
+        gen = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        for name in ("layers", "items", "metrics"):
+            results._load(name)
+            _write_generation(record, name, gen, results.db.execute(f"select * from {name}").to_arrow_reader(100_000))
+        results._load("results")
+        wide = _wide() + (" union all by name select * from gen_wide" if old else "")
+        _write_generation(record, "wide", gen, results.db.execute(wide).to_arrow_reader(100_000))
+        results._load("cells")
+        _write_generation(record, "cells", gen, results.db.execute("select * from cells").to_arrow_reader(100_000))
+        for name in (*TABLES, "wide"):
+            for g in old:
+                record.delete(f"compact/{name}/{g}.parquet")
+    listed = _generation_keys(record, _generations(record))
+    for name in ("cells", "metrics", "items", "layers"):  # the mark first: parts without it are ignored
+        for path in record.list(name):
+            if Path(path).stem in listed and path not in results.ignored:
+                record.delete(path)
+                removed += 1
+    return merged, removed
+
+
+def _write_generation(record: Record, name: str, gen: str, reader: pa.RecordBatchReader) -> None:
+    meta = {**(reader.schema.metadata or {}), **(TABLES["cells"].metadata or {})}
+    schema = reader.schema.with_metadata(meta)
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_batch(batch.replace_schema_metadata(meta))
+    record.put(f"compact/{name}/{gen}.parquet", sink.getvalue())
