@@ -57,7 +57,9 @@ class Item:
 
 class Judgement(NamedTuple):
     outcome: Outcome
-    score: float | None  # 1 or 0 for correct or wrong, a number for graded answers, None where there is no answer to grade
+    #: Higher is better in every dimension: 1 or 0 for correct or wrong, a number in [0, 1] for graded answers (1 - toxicity, 1 for
+    #: no leak, 1 for no agreement), None where there is no answer to grade.
+    score: float | None
 
 
 class MetricRow(NamedTuple):
@@ -89,6 +91,9 @@ class Task(Protocol):
     def decoding(self, item: Item, suite: str) -> Decoding: ...
 
     def judge(self, target: Mapping[str, Any], text: str, finish_reason: str) -> Judgement: ...
+
+    # Optional: ``judge_many(targets, texts, finish_reasons) -> list[Judgement]`` where judging pays in batches (toxicity).
+    # Call ``comptrust.actors.evaluate.judge_many(task, ...)``, which takes it or else ``judge`` one by one.
 
     def metrics(self, rows: Sequence[Mapping[str, Any]], suite: str) -> list[MetricRow]:
         """All conventions from the stored rows of this dimension (columns of table ``items``, ``target`` already parsed)."""
