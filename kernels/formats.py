@@ -1,6 +1,6 @@
 """Packed weight formats: what is stored, bit for bit, and how many bytes it takes.
 
-Shape suffixes: O output features (rows), I input features (columns), G quantisation groups of a row, T tokens, R rows of a block.
+Shape suffixes: O output features (rows), I input features (columns), G quantisation groups of a row, R rows of a block.
 A *word* is an int32 holding equal bit fields, the first field in the lowest bits.
 
 | format   | tensors (layout ``rows``)                                                      | bits a weight (16-bit values)   |
@@ -12,8 +12,8 @@ A *word* is an int32 holding equal bit fields, the first field in the lowest bit
 | int3     | low words [O, I/16] (2 bits), high words [O, I/32] (1 bit); scale; zero        | 3, plus scale and zero          |
 | 2:4+int4 | code words [O, I/16] of the kept weights; index words as 2:4; scale; zero      | 3, plus scale and zero          |
 
-Columns are padded to whole words; the padding is counted by ``packed_bytes``. A 4:8 row also satisfies 8:16, which is why both share
-one layout (and one kernel): 4-bit positions cost 10 bits a weight where a mask would cost 9, and need no rank computation.
+Columns are padded to whole words; ``packed_bytes`` counts the padding. A 4:8 row also satisfies 8:16, so both share one
+layout and one kernel: 4-bit positions cost 10 bits a weight where a mask would cost 9, and need no rank computation.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _BLOCK = 1 << 22  # weights handled at once: bounds the int64 temporaries of pac
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """``keep`` of ``of`` consecutive weights may be nonzero (None: any); ``bits``: width of integer codes (None: floats)."""
+    """``keep`` of ``of`` consecutive weights may be nonzero (0: any); ``bits``: width of integer codes (0: floats)."""
 
     name: str
-    keep: int | None = None
-    of: int | None = None
-    bits: int | None = None
+    keep: int = 0
+    of: int = 0
+    bits: int = 0
 
 
 #: Every format by name.
@@ -107,8 +107,8 @@ def pack(
     """Pack a weight that already lies on the pattern and the grid of ``format``.
 
     ``scale`` and ``zero`` [O, ceil(I / group_size)] belong to the integer formats, whose weights are
-    ``(code - zero) * scale`` computed in float32 and rounded to the dtype of ``W_OI``; codes are 0 .. 2^bits-1, without ``zero`` it
-    is 2^(bits-1) everywhere. ``group_size`` None is one group a row.
+    ``(code - zero) * scale`` computed in float32 and rounded to the dtype of ``W_OI``; codes are 0 .. 2^bits-1;
+    without ``zero`` it is 2^(bits-1) everywhere. ``group_size`` None is one group a row.
 
     Bit-exact: ``unpack(pack(W)) == W``, NaN and infinity included. One exception, where formats have no room for it: a ``-0.0``
     becomes ``+0.0`` in integer formats, and in N:M groups whose slots are all taken by nonzero weights.
@@ -123,10 +123,10 @@ def pack(
         raise ValueError(f"pack supports {', '.join(map(str, FLOATS))}; got {W_OI.dtype}")
     O, I = W_OI.shape
     W_OI = W_OI.detach().contiguous()
-    if spec.bits is None:
+    if not spec.bits:
         if scale is not None or zero is not None or group_size is not None:
             raise ValueError(f"{format} stores floats: scale, zero and group_size belong to int3, int4, int8 and 2:4+int4")
-        return Packed(format, (O, I), W_OI.dtype, _bitmap(W_OI) if spec.keep is None else _nm(W_OI, spec))
+        return Packed(format, (O, I), W_OI.dtype, _bitmap(W_OI) if not spec.keep else _nm(W_OI, spec))
     group = _group_size(group_size, spec, I)
     scale_OG, zero_OG = _scales(scale, zero, O, -(-I // group), W_OI, format)
     tensors = _codes(W_OI, spec, scale_OG, zero_OG, group)
@@ -155,11 +155,11 @@ def unpack_rows(packed: Packed, start: int, stop: int) -> torch.Tensor:
         a, b = int(t["offsets"][start]), int(t["offsets"][stop])
         W_RI[mask_RI] = t["values"][a:b]
         return W_RI
-    if spec.keep is None:
+    if not spec.keep:
         return dequantize(_read_codes(t, spec, I), t["scale"], t.get("zero"), spec.bits, packed.group_size, packed.dtype)
     per, width = _slots(spec)
     index = unpack_fields(t["index"], width, t["index"].shape[1] * (32 // width))
-    if spec.bits is None:
+    if not spec.bits:
         values = t["values"]
     else:
         values = dequantize(
@@ -223,8 +223,8 @@ def _nm_rows(W_RI: torch.Tensor, spec: Format, first_row: int) -> tuple[torch.Te
         row, group = (int(i) for i in (count > spec.keep).nonzero()[0])
         a = group * spec.of
         raise ValueError(
-            f"row {first_row + row}, group {group} (columns {a}-{min(a + spec.of, I) - 1}) holds {int(count[row, group])} nonzero "
-            f"weights, {spec.name} allows {spec.keep} of {spec.of}. Prune to {spec.keep}:{spec.of} first, or use 'bitmap'"
+            f"row {first_row + row}, group {group} (columns {a}-{min(a + spec.of, I) - 1}) holds "
+            f"{int(count[row, group])} nonzero weights, {spec.name} allows {spec.keep}. Prune first, or use 'bitmap'"
         )
     W = W.view(R, -1, per * 2)
     # Nonzero weights claim slots first, then -0.0 (so that it survives where there is room), then +0.0.
@@ -253,7 +253,7 @@ def _codes(W_OI, spec: Format, scale_OG, zero_OG, group: int) -> dict[str, torch
     parts: dict[str, list[torch.Tensor]] = {}
     for a, b in row_blocks(*W_OI.shape):
         W, size, index = W_OI[a:b], group, None
-        if spec.keep is not None:
+        if spec.keep:
             W, index = _nm_rows(W, spec, a)
             size = group // 2
             parts.setdefault("index", []).append(pack_fields(index, 2))
@@ -299,7 +299,7 @@ def _grid_codes(W, spec: Format, scale, zero, group: int, first_row: int, index,
         near = dequantize(codes, scale, zero, spec.bits, group, W.dtype)[row, j]
         raise ValueError(
             f"row {first_row + row}, group {j // group} (column {column}): {float(W[row, j]):.9g} is off the grid of "
-            f"{spec.name}, nearest is {float(near):.9g}. pack stores weights that are (code - zero) * scale already; quantise first"
+            f"{spec.name}, nearest is {float(near):.9g}. pack stores weights that are (code - zero) * scale; quantise first"
         )
     return codes.long()
 
@@ -321,8 +321,8 @@ def _spec(format: str) -> Format:
 
 def _group_size(group_size: int | None, spec: Format, columns: int) -> int:
     group = columns if group_size is None else group_size
-    if not isinstance(group, int) or group < 1 or (spec.keep is not None and (group % 4 or columns % 4)):
-        need = "a positive multiple of 4, as must be the columns," if spec.keep is not None else "a positive integer"
+    if not isinstance(group, int) or group < 1 or (spec.keep and (group % 4 or columns % 4)):
+        need = "a positive multiple of 4, as must be the columns," if spec.keep else "a positive integer"
         raise ValueError(f"{spec.name} needs a group_size that is {need} or None; got {group_size!r} for {columns} columns")
     return min(group, columns)
 
