@@ -1,0 +1,316 @@
+"""The arithmetic of a verdict: intervals, paired tests, multiplicity, equivalence, power, seed spread, transitions.
+
+Legend of suffixes: G clusters (source prompts), K columns (one per compared cell and dimension), B bootstrap draws.
+Everything is in the unit of its input; the callers use points (0-100). A cluster is resampled whole: 25 samples of one prompt
+are one observation, not 25.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+#: Draws of an interval, and of a p-value: 9,999 so that a Holm family of 200 can still reject at 5% (smallest p is 1/10,000).
+INTERVAL_DRAWS, TEST_DRAWS = 1_999, 9_999
+_CHUNK = 4_000_000  # resampling weights held at once
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+# -- intervals --------------------------------------------------------------------------------------------------------
+
+
+def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
+    """Wilson score interval of a share (Wilson 1927), in 0-1; (nan, nan) for n = 0."""
+    if n <= 0:
+        return Interval(math.nan, math.nan)
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(successes, n, alpha=1 - level, method="wilson")
+    return Interval(float(low), float(high))
+
+
+def bootstrap(
+    values: ArrayLike,
+    clusters: Sequence[object] | NDArray | None = None,
+    *,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    draws: int = INTERVAL_DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """Studentised bootstrap interval of a mean, resampling whole clusters (ratio of sums where clusters differ in size).
+
+    Studentised (Efron & Tibshirani 1993, section 12.5) rather than percentile, which covers only 85-90% for skewed scores and
+    16 to 48 prompts. Resamples without spread carry no t and are left out; the result is clipped to ``bounds``. Values that
+    do not vary at all have no bootstrap: with finite bounds the Wilson interval over clusters is given, else (nan, nan).
+    """
+    x = np.asarray(values, float)
+    sums, counts = cluster_sums(x, clusters)
+    g = len(sums)
+    if g < 2:
+        return Interval(math.nan, math.nan) if g == 0 or not _finite(bounds) else _degenerate(x.mean(), g, bounds, level)
+    mean = sums.sum() / counts.sum()
+    se = _ratio_se(sums, counts, mean)
+    if se <= 1e-12 * max(1.0, abs(mean)):
+        return _degenerate(mean, g, bounds, level) if _finite(bounds) else Interval(math.nan, math.nan)
+    columns = np.stack([sums, counts, sums * sums, sums * counts, counts * counts], axis=1)
+    t = []
+    for weights in _weights(g, draws, seed):
+        s, n, ss, sn, nn = (weights @ columns).T
+        m = s / n
+        variance = np.maximum(ss - 2 * m * sn + m * m * nn, 0) / (g * (g - 1)) / (n / g) ** 2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t.append((m - mean) / np.sqrt(variance))
+    t = np.concatenate(t)
+    t = t[np.isfinite(t)]
+    if not len(t):
+        return Interval(math.nan, math.nan)
+    high, low = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(max(float(mean - low * se), bounds[0]), min(float(mean - high * se), bounds[1]))
+
+
+def _finite(bounds: tuple[float, float]) -> bool:
+    return math.isfinite(bounds[0]) and math.isfinite(bounds[1])
+
+
+def _degenerate(mean: float, g: int, bounds: tuple[float, float], level: float) -> Interval:
+    span = bounds[1] - bounds[0]
+    low, high = wilson((mean - bounds[0]) / span * g, g, level)
+    return Interval(bounds[0] + span * low, bounds[0] + span * high)
+
+
+def cluster_sums(values: Array, clusters: Sequence[object] | NDArray | None) -> tuple[Array, Array]:
+    """(sum, count) of each cluster, clusters in order of first sight; no clusters: every value is its own. NaN values are
+    left out."""
+    x = np.asarray(values, float)
+    keep = ~np.isnan(x)
+    if clusters is None:
+        return x[keep], np.ones(int(keep.sum()))
+    codes: dict[object, int] = {}
+    index = np.array([codes.setdefault(c, len(codes)) for c, k in zip(clusters, keep, strict=True) if k], int)
+    return np.bincount(index, x[keep], len(codes)), np.bincount(index, minlength=len(codes)).astype(float)
+
+
+def _ratio_se(sums: Array, counts: Array, mean: float) -> float:
+    g = len(sums)
+    return float(np.sqrt(((sums - mean * counts) ** 2).sum() / (g * (g - 1))) / counts.mean())
+
+
+def _weights(g: int, draws: int, seed: int) -> Iterator[Array]:
+    """Resampling weights [b, G], rows sum to G, in chunks that fit memory; equal for equal (G, draws, seed)."""
+    rng = np.random.default_rng([seed, g])
+    step = max(1, _CHUNK // g)
+    for start in range(0, draws, step):
+        yield rng.multinomial(g, np.full(g, 1 / g), size=min(step, draws - start)).astype(float)
+
+
+# -- paired comparison ------------------------------------------------------------------------------------------------
+
+
+def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
+    """Exact two-sided p of McNemar's test from the two discordant counts (binomial, 1/2); 1 where nothing changed."""
+    if right_to_wrong + wrong_to_right == 0:
+        return 1.0
+    from statsmodels.stats.contingency_tables import mcnemar as exact
+
+    return float(exact([[0, right_to_wrong], [wrong_to_right, 0]], exact=True).pvalue)
+
+
+class Paired(NamedTuple):
+    """Mean paired difference, its interval, two-sided p of "no difference", number of clusters."""
+
+    diff: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def paired_bootstrap(effects_GK: ArrayLike, *, level: float = 0.95, draws: int = TEST_DRAWS, seed: int = 0) -> list[Paired]:
+    """Studentised bootstrap of K means of paired differences over the same G clusters; all columns share the resamples.
+
+    ``effects_GK``: [G] or [G, K], difference of each cluster (compressed - dense). A column without any spread has no evidence
+    either way: p is 1 if its mean is 0, else the sign test of its G equal signs.
+    """
+    e = np.asarray(effects_GK, float)
+    e = e[:, None] if e.ndim == 1 else e
+    g, k = e.shape
+    if g < 2:
+        return [Paired(float(e[:, j].mean()) if g else math.nan, math.nan, math.nan, 1.0, g) for j in range(k)]
+    mean, se = e.mean(0), e.std(0, ddof=1) / math.sqrt(g)
+    flat = se <= 1e-12 * np.maximum(1, np.abs(mean))
+    centred = e - mean
+    out: list[Paired] = []
+    for block in range(0, k, 128):
+        c = centred[:, block : block + 128]
+        both = np.concatenate([c, c * c], axis=1)
+        parts = []
+        for w in _weights(g, draws, seed):
+            m, m2 = np.split(w @ both / g, 2, axis=1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                parts.append(m / np.sqrt(np.maximum(m2 - m * m, 0) / (g - 1)))
+        t = np.concatenate(parts)
+        for j in range(c.shape[1]):
+            col, s, m = t[:, j], float(se[block + j]), float(mean[block + j])
+            if flat[block + j]:
+                out.append(Paired(m, math.nan, math.nan, 1.0 if abs(m) < 1e-12 else min(1.0, 2 * 0.5**g), g))
+                continue
+            # A resample without spread has an infinite t: it counts against significance, and its centre carries none (nan).
+            col = np.where(np.isnan(col), 0.0, col)
+            p = (1 + int((np.abs(col) >= abs(m / s) - 1e-12).sum())) / (draws + 1)
+            high_t, low_t = np.quantile(col, [(1 - level) / 2, (1 + level) / 2])
+            out.append(Paired(m, m - float(low_t) * s, m - float(high_t) * s, p, g))
+    return out
+
+
+def upper_bound(drops_G: ArrayLike, level: float, *, step: float | None = None) -> float:
+    """One-sided upper bound of a mean drop from per-cluster drops, honest where few or no items changed.
+
+    Solves (mu - mean)^2 G = t^2 max(s^2, step mu - mu^2). The second variance is the least that a mean of ``mu`` can have if
+    an item moves in steps of ``step`` or not at all: with G clusters and no change it gives t^2/(G + t^2) of a step, as
+    Tango's (1998) score interval does for paired binary data, where s = 0 would claim certainty. ``step``: median size of the
+    non-zero drops, or 100 points if there is none.
+    """
+    from scipy import stats
+
+    d = np.asarray(drops_G, float)
+    g = len(d)
+    if g < 2:
+        return math.inf
+    t2 = float(stats.t.ppf(level, g - 1)) ** 2
+    mean, s2 = float(d.mean()), float(d.var(ddof=1))
+    step = _step(d, step)
+    plain = mean + math.sqrt(t2 * s2 / g)
+    # g (mu - mean)^2 = t2 (step mu - mu^2)  ->  (g + t2) mu^2 - (2 g mean + t2 step) mu + g mean^2 = 0, larger root
+    a, b, c = g + t2, -(2 * g * mean + t2 * step), g * mean * mean
+    root = b * b - 4 * a * c
+    floor = (-b + math.sqrt(root)) / (2 * a) if root >= 0 else -math.inf
+    return max(plain, floor)
+
+
+def drop_p(drops_G: ArrayLike, limit: float, *, step: float | None = None) -> float:
+    """One-sided p of H0 "the drop is ``limit`` points or more": 1 - level at which ``upper_bound`` just meets the limit."""
+    from scipy import stats
+
+    d = np.asarray(drops_G, float)
+    g, mean = len(d), float(d.mean()) if len(d) else math.nan
+    if g < 2 or not mean <= limit:
+        return 1.0
+    variance = max(float(d.var(ddof=1)), limit * (_step(d, step) - limit))
+    return float(stats.t.sf((limit - mean) * math.sqrt(g / variance), g - 1)) if variance > 0 else 0.0
+
+
+def _step(d: Array, step: float | None) -> float:
+    if step is not None:
+        return step
+    nonzero = np.abs(d[np.abs(d) > 1e-9])
+    return float(np.median(nonzero)) if len(nonzero) else 100.0
+
+
+def holm_bounds(p: Sequence[float], alpha: float = 0.05) -> list[float]:
+    """Confidence level of each one-sided bound so that all hold together in Holm's step-down order: 1 - alpha/(m - rank)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    levels = [0.0] * len(p)
+    for rank, i in enumerate(order):
+        levels[i] = 1 - alpha / (len(p) - rank)
+    return levels
+
+
+# -- multiplicity, equivalence, power -----------------------------------------------------------------------------------
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """Holm-adjusted p-values (family-wise error); None and NaN stay None and do not count."""
+    return _adjust(p, "holm")
+
+
+def benjamini_hochberg(p: Sequence[float | None]) -> list[float | None]:
+    """Benjamini-Hochberg q-values (false discovery rate); None and NaN stay None and do not count."""
+    return _adjust(p, "fdr_bh")
+
+
+def _adjust(p: Sequence[float | None], method: str) -> list[float | None]:
+    from statsmodels.stats.multitest import multipletests
+
+    known = [i for i, v in enumerate(p) if v is not None and not math.isnan(v)]
+    out: list[float | None] = [None] * len(p)
+    if known:
+        adjusted = multipletests([p[i] for i in known], method=method)[1]
+        for i, v in zip(known, adjusted, strict=True):
+            out[i] = float(v)
+    return out
+
+
+def tost(diffs_G: ArrayLike, margin: float = 5.0) -> float:
+    """p of the two one-sided tests that the mean difference lies within +-``margin``: the larger of the two (Schuirmann 1987).
+
+    The bounds are those of ``upper_bound``, so that a handful of unchanged items is not taken for equivalence.
+    """
+    d = np.asarray(diffs_G, float)
+    return max(drop_p(-d, margin), drop_p(d, margin))
+
+
+def minimum_detectable_effect(sd: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest mean paired difference that a two-sided test on ``n`` clusters finds with ``power``, in the unit of ``sd``."""
+    if n < 2 or not sd > 0:
+        return math.nan
+    from statsmodels.stats.power import TTestPower
+
+    size = TTestPower().solve_power(effect_size=None, nobs=n, alpha=alpha, power=power, alternative="two-sided")
+    return float(np.ravel(size)[0]) * sd
+
+
+# -- seeds and items ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """A dimension over calibration seeds: ``unstable`` if the standard deviation exceeds ``limit`` points."""
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+    unstable: bool
+
+
+def seed_spread(values: Sequence[float | None], limit: float = 5.0) -> SeedSpread | None:
+    """Spread of one score over seeds, in its unit; None for fewer than two values. Default limit: the paper's 5-point band."""
+    x = np.array([v for v in values if v is not None and not math.isnan(v)], float)
+    if len(x) < 2:
+        return None
+    sd = float(x.std(ddof=1))
+    return SeedSpread(len(x), float(x.mean()), sd, float(x.min()), float(x.max()), sd > limit)
+
+
+#: Outcomes that count as an answer; the rest is silence of one kind or another.
+ANSWERED = ("correct", "wrong", "scored")
+
+
+def transitions(dense: Mapping[object, str], cell: Mapping[object, str]) -> dict[str, int]:
+    """Counts of ``from>to`` over the answers both have (keys: (item, sample)), unchanged ones included.
+
+    Derived counts: ``right_to_wrong``, ``wrong_to_right``, ``answered_to_refused``, ``refused_to_answered``,
+    ``answered_to_silent`` (empty, unparseable, degenerate).
+    """
+    pairs = Counter((dense[k], cell[k]) for k in dense.keys() & cell.keys())
+    out: dict[str, int] = {f"{a}>{b}": n for (a, b), n in sorted(pairs.items())}
+    out["right_to_wrong"] = pairs["correct", "wrong"]
+    out["wrong_to_right"] = pairs["wrong", "correct"]
+    out["answered_to_refused"] = sum(n for (a, b), n in pairs.items() if a in ANSWERED and b == "refused")
+    out["refused_to_answered"] = sum(n for (a, b), n in pairs.items() if a == "refused" and b in ANSWERED)
+    silent = ("empty", "unparseable", "degenerate")
+    out["answered_to_silent"] = sum(n for (a, b), n in pairs.items() if a in ANSWERED and b in silent)
+    return out
