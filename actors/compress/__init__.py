@@ -1,0 +1,177 @@
+"""Compression: every method behind one call. Imports with torch alone (no Ray, no transformers)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from . import bitsandbytes_, engine, gptq, magnitude, rtn, sparsegpt, wanda
+from .base import Compressed, MethodConfig, MethodSpec, Progress, StoredLinear
+from .structure import decoder_blocks, linears_of
+
+__all__ = [
+    "METHODS",
+    "Compressed",
+    "MethodSpec",
+    "StoredLinear",
+    "check",
+    "compress",
+    "compress_many",
+    "incompatible",
+    "required_tokens",
+]
+
+
+class DenseConfig(MethodConfig):
+    """The model as it is."""
+
+
+def _as_many_as_inputs(config: MethodConfig, inputs: int) -> int:
+    return inputs  # a Hessian of fewer tokens than inputs has no inverse but by damping
+
+
+METHODS: dict[str, MethodSpec] = {
+    spec.name: spec
+    for spec in (
+        MethodSpec("dense", DenseConfig),
+        MethodSpec("rtn", rtn.RtnConfig, solve=rtn.solve),
+        MethodSpec(
+            "gptq", gptq.GptqConfig, True, solve=gptq.solve, statistics=lambda c: {"gram"}, min_tokens=_as_many_as_inputs,
+        ),
+        MethodSpec("llm_int8", bitsandbytes_.LlmInt8Config, backend="bitsandbytes", replace=bitsandbytes_.int8),
+        MethodSpec("nf4", bitsandbytes_.FourBitConfig, backend="bitsandbytes", replace=bitsandbytes_.nf4),
+        MethodSpec("fp4", bitsandbytes_.FourBitConfig, backend="bitsandbytes", replace=bitsandbytes_.fp4),
+        MethodSpec("magnitude", magnitude.MagnitudeConfig, solve=magnitude.solve, prepare=magnitude.prepare),
+        MethodSpec("wanda", wanda.WandaConfig, True, solve=wanda.solve, statistics=lambda c: {"norm"}),
+        MethodSpec(
+            "sparsegpt", sparsegpt.SparseGptConfig, True, solve=sparsegpt.solve, statistics=lambda c: {"gram"},
+            min_tokens=_as_many_as_inputs,
+        ),
+    )
+}  # fmt: skip
+
+
+def _config(method: str, params: Mapping[str, Any], where: str) -> tuple[MethodSpec, MethodConfig]:
+    if method not in METHODS:
+        raise BadInput(
+            f"unknown method {method!r}", where=f"{where}.method" if where else "method", fix=f"One of: {', '.join(METHODS)}"
+        )
+    spec = METHODS[method]
+    try:
+        return spec, spec.config.model_validate(dict(params))
+    except ValidationError as e:
+        first = e.errors()[0]
+        path = ".".join(str(p) for p in first["loc"])
+        at = ".".join(p for p in (where, path) if p)
+        if first["type"] == "extra_forbidden":
+            fields = sorted(spec.config.model_fields)
+            raise BadInput(
+                f"{method} has no parameter {path!r}", where=at, fix=f"It takes: {', '.join(fields) or 'none'}"
+            ) from None
+        value = first["input"]
+        shown = f"{value!r}: " if not isinstance(value, Mapping) else ""
+        raise BadInput(
+            f"{shown}{first['msg'].removeprefix('Value error, ')}", where=at, fix=f"See the {method} page of the docs"
+        ) from None
+
+
+def check(method: str, params: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
+    """``params`` with every default filled in, JSON values only. BadInput for unknown names and values no model accepts."""
+    return _config(method, params, where)[1].model_dump(mode="json")
+
+
+def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> str | None:
+    """Why these (valid) parameters cannot work together or on this model, or None. Reads no weights.
+
+    ``model_config`` is the model's transformers config, or that as a dict; None checks the parameters alone.
+    """
+    _, config = _config(method, params, "")
+    if why := config.impossible():
+        return why
+    if model_config is None or method == "dense":
+        return None
+    try:
+        linears = _linears(_canonical(model_config))
+    except BadInput as e:
+        return str(e)
+    for name, inputs in linears:
+        layer = config.for_layer(name)
+        if layer is not None and (why := layer.impossible() or layer.misfit(name, inputs)):
+            return why
+    return None
+
+
+def required_tokens(method: str, params: Mapping[str, Any], model_config: Any) -> int:
+    """Calibration tokens (samples x seqlen) this method needs at least on this model; 0 if it needs none. Reads no weights."""
+    spec, config = _config(method, params, "")
+    if not spec.needs_calibration:
+        return 0
+    return spec.min_tokens(config, max(inputs for _, inputs in _linears(_canonical(model_config))))
+
+
+def compress(
+    model: nn.Module,
+    method: str,
+    params: Mapping[str, Any] | None = None,
+    tokens: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """A compressed copy of ``model`` (a transformers causal LM), which is not changed; untouched tensors are shared.
+
+    ``tokens`` int64 [samples, seqlen], for methods with calibration. ``device``: where blocks are worked on, one at a time (the
+    model's own by default; results return to where the model is). ``progress(stage, done, total)`` is called block by block.
+    Raises BadInput for what cannot work and CellError for what failed on the way (non-finite activations, singular Hessian).
+    """
+    return compress_many(model, [(method, params or {})], tokens, device=device, progress=progress)[0]
+
+
+def compress_many(
+    model: nn.Module,
+    cells: Sequence[tuple[str, Mapping[str, Any]]],
+    tokens: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    chunk_tokens: int | None = None,
+) -> list[Compressed]:
+    """`compress` for several (method, params) of one model in one pass over its blocks; each result is what `compress` gives.
+
+    Shared: a block's trip to the device, the embedding pass, the first group's statistics. ``chunk_tokens``: calibration tokens
+    whose activations are held at once (chosen by memory if None).
+    """
+    configs = []
+    for method, params in cells:
+        spec, config = _config(method, params, "")
+        if why := config.impossible():
+            raise BadInput(f"{method}: {why}", where="params")
+        configs.append((spec, config))
+    return engine.run(model, configs, tokens, device=device, progress=progress, chunk_tokens=chunk_tokens)
+
+
+def _canonical(model_config: Any) -> str:
+    values = dict(model_config) if isinstance(model_config, Mapping) else model_config.to_dict()
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+@functools.lru_cache(maxsize=32)
+def _linears(config_json: str) -> tuple[tuple[str, int], ...]:
+    """(name, inputs) of every linear that would be compressed, from a model without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = json.loads(config_json)
+    values.pop("quantization_config", None)
+    values.pop("dtype", None)
+    config = AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    prefix, blocks = decoder_blocks(model)
+    return tuple((f"{prefix}.{b}.{n}", m.in_features) for b, block in enumerate(blocks) for n, m in linears_of(block).items())

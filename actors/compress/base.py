@@ -1,0 +1,242 @@
+"""What every compression method shares: its configuration, the shape of its answer, and how stored bytes are counted.
+
+Shape suffixes in this package: O outputs, I inputs of a linear; G groups along I; T calibration tokens; K columns of a sketch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+Progress = Callable[[str, int, int], None]
+Bits = Literal[2, 3, 4, 8]
+#: Inputs that share a scale; None is one scale per output channel. 0 is accepted and means None.
+GroupSize = Annotated[
+    Annotated[int, Field(ge=8)] | None,
+    BeforeValidator(lambda g: g or None),
+    Field(description="weights per scale; null: per channel"),
+]
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's parameters: names, defaults, bounds. Everything here is part of a cell's identity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    skip: tuple[str, ...] = Field(default=(), description="globs over layer names that stay dense, e.g. '*.0.mlp.down_proj'")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default={}, description="glob over layer names -> parameters that differ there"
+    )
+
+    @model_validator(mode="after")
+    def _overrides_are_parameters(self) -> MethodConfig:
+        for glob, params in self.overrides.items():
+            if bad := set(params) - set(type(self).model_fields) | set(params) & {"skip", "overrides"}:
+                raise ValueError(f"overrides[{glob!r}] holds {sorted(bad)}, which this method does not take per layer")
+            self.merged(params)
+        return self
+
+    def merged(self, params: Mapping[str, Any]) -> MethodConfig:
+        """This configuration with ``params`` changed, validated again."""
+        return type(self).model_validate(self.model_dump(exclude_unset=True, exclude={"skip", "overrides"}) | dict(params))
+
+    def for_layer(self, name: str) -> MethodConfig | None:
+        """The parameters that hold for one linear; None where it stays dense. Later overrides win."""
+        if any(fnmatch.fnmatch(name, glob) for glob in self.skip):
+            return None
+        params: dict[str, Any] = {}
+        for glob, changed in self.overrides.items():
+            if fnmatch.fnmatch(name, glob):
+                params |= changed
+        return self.merged(params) if params else self
+
+    def impossible(self) -> str | None:
+        """Why these values contradict each other, or None. Found before any weights are read."""
+        return None
+
+    def misfit(self, name: str, inputs: int) -> str | None:
+        """Why a linear with ``inputs`` inputs cannot be compressed this way, or None."""
+        group = getattr(self, "group_size", None)
+        if group and inputs % group:
+            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if inputs % g == 0 and g < group]
+            return f"group size {group} does not divide the {inputs} inputs of {name}" + (f" (try {fits[0]})" if fits else "")
+        return None
+
+
+def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
+    """``'2:4'`` -> (2, 4), two of every four inputs are kept; unstructured -> None."""
+    if pattern in (None, "unstructured"):
+        return None
+    n, _, m = pattern.partition(":")
+    return int(n), int(m)
+
+
+def _pattern(value: str) -> str:
+    if value == "unstructured":
+        return value
+    n, colon, m = value.partition(":")
+    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 32):
+        raise ValueError(f"pattern {value!r} is neither 'unstructured' nor N:M with N of M <= 32 weights kept, like '2:4'")
+    return value
+
+
+Pattern = Annotated[str, BeforeValidator(lambda p: p or "unstructured"), AfterValidator(_pattern)]
+
+
+class PruningConfig(MethodConfig):
+    """Share of zeros and where they may lie. A pattern implies its sparsity."""
+
+    sparsity: float = Field(default=0.5, gt=0, lt=1, description="share of weights set to zero")
+    pattern: Pattern = Field(default="unstructured", description="'unstructured', or 'N:M': N of every M inputs are kept")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_implies_sparsity(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("sparsity") is None:
+            values = {k: v for k, v in values.items() if k != "sparsity"}
+            n, colon, m = str(values.get("pattern") or "").partition(":")
+            if colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m):
+                values["sparsity"] = 1 - int(n) / int(m)
+        return values
+
+    def impossible(self) -> str | None:
+        nm = parse_pattern(self.pattern)
+        if nm and not math.isclose(self.sparsity, 1 - nm[0] / nm[1]):
+            return f"pattern {self.pattern} means sparsity {1 - nm[0] / nm[1]:g}, but sparsity is {self.sparsity:g}"
+        return super().impossible()
+
+    def misfit(self, name: str, inputs: int) -> str | None:
+        nm = parse_pattern(self.pattern)
+        if nm and inputs % nm[1]:
+            return f"pattern {self.pattern} does not divide the {inputs} inputs of {name}"
+        return super().misfit(name, inputs)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One compressed linear as it would be stored; what export and packing need.
+
+    ``weight = (codes - zero) * scale`` per group (zero None: symmetric, signed codes). ``codes`` None: the values are the
+    module's own weight (pruned), or the module holds them itself (bitsandbytes).
+    """
+
+    name: str
+    shape: tuple[int, int]  # O, I
+    bits: float  # per code; bits of the model's dtype where values are not quantised
+    codes: Tensor | None = None  # [O, I] int8 (symmetric) or uint8 (with zero)
+    scale: Tensor | None = None  # [O, G] float16
+    zero: Tensor | None = None  # [O, G] uint8
+    group_size: int | None = None  # None: G = 1
+    group_index: Tensor | None = None  # [I] int32: group of each input, where groups do not lie side by side (act-order)
+    input_scale: Tensor | None = None  # [I] float32: the layer's input is divided by it, where it could not be folded away
+    pattern: str | None = None  # None: not pruned
+    format: str = "dense"  # 'int', 'pruned', 'int8', 'nf4', 'fp4', 'w8a8': what a reader needs to know to run it
+    size_bytes: int = 0  # weights, scales, zero points, masks, indices; without the bias
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero is None
+
+    def dequantise(self) -> Tensor:
+        """The exact weights [O, I] float32 of the codes, before ``input_scale``; ValueError without codes."""
+        if self.codes is None or self.scale is None:
+            raise ValueError(f"{self.name} holds no codes")
+        O, I = self.shape
+        index = self.group_index
+        if index is None:
+            index = torch.arange(I, device=self.codes.device) // (self.group_size or I)
+        q = self.codes.float()
+        if self.zero is not None:
+            q -= self.zero.float()[:, index.long()]
+        return q * self.scale.float()[:, index.long()]
+
+
+@dataclass
+class Solution:
+    """A method's answer for linears that share an input, stacked along O."""
+
+    W_OI: Tensor  # float32, what the layer computes with (before the input is divided by input_scale)
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    group_index: Tensor | None = None
+    input_scale: Tensor | None = None  # [I]
+
+
+@dataclass
+class Inputs:
+    """What a method may ask of the calibration inputs X_TI of linears that share them; only what it asked for is set."""
+
+    names: list[str]
+    outs: list[int]  # outputs of each linear, in the order they are stacked along O
+    tokens: int = 0
+    gram: Tensor | None = None  # [I, I] float32: X'X
+    norm: Tensor | None = None  # [I] float32: ||X_i||_2
+    mean_abs: Tensor | None = None  # [I] float32
+    max_abs: Tensor | None = None  # [I] float32
+    sketch: Tensor | None = None  # [I, K] float32: X'S with random signs, E[sketch sketch'] = X'X
+    fold: Any = None  # structure.Fold: where an input scale can vanish; None: nowhere
+    context: Any = None  # what the method's `prepare` returned
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as the engine and the sweep see it."""
+
+    name: str
+    config: type[MethodConfig]
+    needs_calibration: bool = False
+    backend: str = "comptrust"
+    #: (W_OI float32, inputs, config) -> Solution; None for methods that replace modules.
+    solve: Callable[[Tensor, Inputs, Any], Solution] | None = None
+    #: config -> names of the fields of `Inputs` it needs
+    statistics: Callable[[Any], set[str]] = lambda config: set()
+    #: (linear, config) -> module that takes its place, made before calibration
+    replace: Callable[[nn.Linear, Any], nn.Module] | None = None
+    #: (model, linears by name, config, tokens, device, progress) -> context, before the first block
+    prepare: Callable[..., Any] | None = None
+    folds: bool = False  # the method scales inputs and wants the scales folded away
+    format: str = "int"  # StoredLinear.format of what has codes
+    #: (config, inputs of the widest linear) -> calibration tokens it needs at least
+    min_tokens: Callable[[Any, int], int] = lambda config, inputs: 1
+
+
+@dataclass
+class Compressed:
+    """A compressed model and what it would cost to store. Untouched tensors are shared with the model it came from."""
+
+    model: nn.Module
+    layers: list[dict[str, Any]] = field(default_factory=list)  # layer, error, sparsity, bits: rows of table `layers`
+    stored: dict[str, StoredLinear] = field(default_factory=dict)
+    size_bytes: int = 0  # the whole model
+    bits_per_weight: float = 0.0  # over the compressed linears; over all weights if there are none
+    sparsity_reached: float | None = None  # zeros among the weights of the compressed linears; None: not a pruning method
+    parameters: int = 0  # of the dense model, tied weights once
+    seconds: float = 0.0
+
+
+def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, nonzero: int) -> int:
+    """Bytes of the values of one linear in its packed form, with masks or indices, without scales.
+
+    N:M keeps N slots of every M and one bit a position (2:4: two 2-bit indices a group; others a mask); unstructured keeps
+    the non-zeros and a bitmap, or stays dense where that is smaller.
+    """
+    positions = shape[0] * shape[1]
+    if pattern is None:
+        total = positions * bits
+    elif nm := parse_pattern(pattern):
+        total = positions * nm[0] / nm[1] * bits + positions
+    else:
+        total = min(nonzero * bits + positions, positions * bits)
+    return math.ceil(total / 32) * 4
+
+
+def element_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,52 @@
+"""The integer grids: scale and zero point of a group of weights, rounding to codes and back.
+
+Scales are rounded to float16 before codes are chosen, because that is how they are stored: the error is then part of what the
+method sees and nothing is hidden from the bytes counted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 2.0**-24  # the smallest float16 above zero
+
+
+def half_exact(scale: Tensor) -> Tensor:
+    """``scale`` rounded to the nearest float16, never zero, as float32."""
+    return scale.clamp(TINY, 65504.0).half().float()
+
+
+def fit(W: Tensor, bits: int, symmetric: bool, dim: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Min-max grid along ``dim`` (kept, length 1): (scale float32, zero point float32 or None).
+
+    Symmetric: scale = 2 max|w| / (2^b - 1), codes -2^(b-1) .. 2^(b-1) - 1. Asymmetric: the range always holds 0, so that a
+    pruned weight stays exactly zero.
+    """
+    levels = 2**bits - 1
+    if symmetric:
+        return half_exact(W.abs().amax(dim, keepdim=True) * (2 / levels)), None
+    high = W.amax(dim, keepdim=True).clamp_(min=0)
+    low = W.amin(dim, keepdim=True).clamp_(max=0)
+    scale = half_exact((high - low) / levels)
+    return scale, (-low / scale).round_().clamp_(0, levels)
+
+
+def quantise(W: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Nearest codes, float32 tensor of integers; shapes broadcast."""
+    if zero is None:
+        return (W / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return (W / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+
+
+def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return codes * scale if zero is None else (codes - zero) * scale
+
+
+def store(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The storage types: int8 or uint8 codes, float16 scales, uint8 zero points."""
+    return (
+        codes.to(torch.int8 if zero is None else torch.uint8),
+        scale.half(),
+        None if zero is None else zero.to(torch.uint8),
+    )

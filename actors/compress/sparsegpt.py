@@ -1,0 +1,104 @@
+"""SparseGPT: prune column by column, what is lost compensated on the columns behind; optionally quantise in the same sweep.
+
+Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv:2301.00774, algorithm 1
+and section 3.5 (joint sparsification and quantisation). ``variant: reference`` is that algorithm. Ours, for N:M patterns, visits
+groups of M in order of their largest input and clips tokens with massive activations before they enter the Hessian.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from . import grid
+from .base import Bits, GroupSize, Inputs, PruningConfig, Solution, parse_pattern
+from .gptq import Grid, read_codes
+from .masks import keep_n_of_m, keep_top
+from .second_order import inverse_factor, nested_order, sweep
+
+
+class SparseGptConfig(PruningConfig):
+    bits: Bits | None = Field(default=None, description="quantise the kept weights too; null: they stay in the model's dtype")
+    group_size: GroupSize = Field(default=None, description="weights per scale if bits is set; null: per channel")
+    symmetric: bool = Field(default=True, description="no zero points, if bits is set")
+    variant: Literal["comptrust", "reference"] = Field(default="comptrust", description="sets the defaults of the knobs below")
+    order: Literal["none", "group-aware"] = Field(
+        default="none", description="columns in given order, or by groups with large inputs first"
+    )
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian; escalated on failure"
+    )
+    token_clip: float | None = Field(
+        default=None, ge=1, description="no token counts for more than this many median tokens; null: all do"
+    )
+    block: int = Field(default=128, ge=16, le=1024, description="columns whose mask is chosen together (unstructured)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        ours = values.get("variant", "comptrust") == "comptrust"
+        structured = values.get("pattern") not in (None, "unstructured")
+        return ({"order": "group-aware", "token_clip": 8.0} if ours and structured else {}) | values
+
+    def impossible(self) -> str | None:
+        if self.group_size and not self.bits:
+            return f"group size {self.group_size} without bits: pruned weights that are not quantised have no scales"
+        return super().impossible()
+
+
+class Prune(Grid):
+    """Sweep policy: a mask per block and linear, or N of every M rows chosen as the sweep reaches them; then maybe the grid."""
+
+    def __init__(self, W_IO: Tensor, U_II: Tensor, config: SparseGptConfig, outs: list[int]) -> None:
+        super().__init__(W_IO, U_II, config.bits or 0, config.group_size, config.symmetric, search=0)
+        self.outs, self.sparsity, self.nm = outs, config.sparsity, parse_pattern(config.pattern)
+        self.micro = self.nm[1] if self.nm else 4
+        if not (config.bits and config.group_size and self.group <= 256):
+            self.block = config.block
+        self.block = max(self.block // self.micro, 1) * self.micro
+
+    def begin_block(self, W_BO: Tensor, diag_B: Tensor, start: int) -> None:
+        if self.bits:
+            super().begin_block(W_BO, diag_B, start)
+        self.start = start
+        self.keep = torch.ones(W_BO.shape, dtype=torch.bool, device=W_BO.device)
+        if not self.nm:
+            score = (W_BO / diag_B[:, None]).square_()
+            for s, k in zip(score.split(self.outs, 1), self.keep.split(self.outs, 1), strict=True):
+                k.copy_(keep_top(s.reshape(-1), int(s.numel() * self.sparsity)).view(s.shape))
+
+    def begin_micro(self, W_MO: Tensor, diag_M: Tensor, start: int) -> None:
+        if self.nm:
+            score = (W_MO / diag_M[:, None]).square_()
+            self.keep[start - self.start : start - self.start + len(W_MO)] = keep_n_of_m(score.T, *self.nm).T
+
+    def row(self, w_O: Tensor, i: int) -> Tensor:
+        w = w_O * self.keep[i - self.start]
+        return grid.dequantise(grid.quantise(w, self.scale, self.zero, self.bits), self.scale, self.zero) if self.bits else w
+
+
+def solve(W_OI: Tensor, inputs: Inputs, config: SparseGptConfig) -> Solution:
+    H = inputs.gram
+    diag = H.diagonal()
+    dead = diag == 0
+    if config.order == "none":
+        perm = torch.arange(len(H), device=H.device)
+    else:
+        nm = parse_pattern(config.pattern)
+        perm = nested_order(diag, *([nm[1]] if nm else []), *([config.group_size] if config.group_size else []))
+    H = H[perm][:, perm]
+    W_IO = W_OI.T[perm].contiguous()
+    if dead.any():
+        H.diagonal()[dead[perm]] = 1.0
+        W_IO[dead[perm]] = 0.0
+    U = inverse_factor(H, config.damping, name=", ".join(inputs.names))
+    policy = Prune(W_IO, U, config, inputs.outs)
+    sweep(W_IO, U, policy)
+    if config.bits:
+        return read_codes(W_IO, perm, policy, contiguous=True)
+    return Solution(W_IO[perm.argsort()].T.contiguous())

@@ -1,0 +1,242 @@
+"""Where a model's blocks and linears are, which linears share an input, and what feeds them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput
+
+SUPPORTED = (
+    "decoder-only models whose blocks hold their weights in nn.Linear, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo, "
+    "SmolLM, StableLM, Granite and Falcon; not GPT-2 (Conv1D), state-space models or mixture-of-experts models with fused experts"
+)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with ``model``."""
+    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks. BadInput, listing what is supported, if the model is built otherwise."""
+    kind = type(model).__name__
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and (depth is None or len(module) == depth):
+            blocks = module
+            break
+    else:
+        raise BadInput(f"{kind} has no list of decoder blocks", where="model", fix=f"Supported: {SUPPORTED}")
+    for i, block in enumerate(blocks):
+        owned = {id(p) for m in block.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        for pname, p in block.named_parameters():
+            if p.ndim > 1 and id(p) not in owned:
+                why = "fused experts of a mixture" if "expert" in pname else "weights that are not in an nn.Linear"
+                raise BadInput(
+                    f"{kind}: {name}.{i}.{pname} {list(p.shape)} holds {why}, which would silently stay dense",
+                    where="model",
+                    fix=f"Supported: {SUPPORTED}",
+                )
+    if not linears_of(blocks[0]):
+        raise BadInput(f"{kind}: {name}.0 holds no nn.Linear", where="model", fix=f"Supported: {SUPPORTED}")
+    return name, blocks
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+class Stop(Exception):
+    """Ends a forward pass early: what was asked for is known."""
+
+
+@dataclass
+class Fold:
+    """How an input scale s can vanish: divide what produces the input by s."""
+
+    producer: str  # module in the block
+    kind: str  # 'norm', 'norm+1' (weight stored as weight - 1, as Gemma does), 'linear'
+    repeat: int = 1  # input channels per producer channel (grouped-query attention), in runs of `head_dim`
+    head_dim: int = 0
+
+
+@dataclass
+class Group:
+    """Linears of a block that read the same input, in the order they run."""
+
+    linears: list[str]
+    fold: Fold | None = None
+
+
+@dataclass
+class Walk:
+    """What a short dry run through the model showed."""
+
+    groups: dict[tuple, list[Group]] = field(default_factory=dict)  # by structure of the block
+
+    def of(self, block: nn.Module) -> list[Group]:
+        return self.groups[signature(block)]
+
+
+def signature(block: nn.Module) -> tuple:
+    return (type(block), *((n, m.in_features, m.out_features) for n, m in linears_of(block).items()))
+
+
+def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, visit: Callable | None = None) -> tuple[Tensor, list[dict]]:
+    """Run ``model`` on ``tokens`` [B, T] with every block replaced by the identity.
+
+    Returns the input of the first block and, for every block, the keyword arguments the model calls it with (masks, rotary
+    embeddings; these may differ between blocks). ``visit(block, forward, hidden, kwargs)`` is called in place of each block.
+    ``model`` must be a clone: the forward of its blocks is swapped while this runs.
+    """
+    first: list[Tensor] = []
+    arguments: list[dict] = []
+
+    def stand_in(block: nn.Module, forward: Callable):
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise BadInput(
+                    f"{type(block).__name__} takes positional arguments", where="model", fix=f"Supported: {SUPPORTED}"
+                )
+            if not first:
+                first.append(hidden)
+            arguments.append(kwargs)
+            if visit is not None:
+                visit(block, forward, hidden, kwargs)
+            return hidden
+
+        return run
+
+    originals = [block.forward for block in blocks]
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model
+    try:
+        for block, forward in zip(blocks, originals, strict=True):
+            block.forward = stand_in(block, forward)
+        body(input_ids=tokens, use_cache=False)
+    finally:
+        for block in blocks:
+            del block.forward
+    return first[0], arguments
+
+
+def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: bool) -> Walk:
+    """Find the groups of every kind of block by a dry run on a few ``tokens``; with ``folds`` also where scales can be folded.
+
+    A fold is a guess (a norm whose output is the input; v_proj before o_proj; up_proj before down_proj) that is then tried on
+    numbers: scaled by random factors, the block must give the same output, else the group has no fold.
+    """
+    walk = Walk()
+    config = getattr(model, "config", None)
+
+    def visit(block: nn.Module, forward: Callable, hidden: Tensor, kwargs: dict) -> None:
+        key = signature(block)
+        if key in walk.groups:
+            return
+        seen: dict[tuple, Group] = {}
+        made: dict[tuple, str] = {}
+        alive: list[Tensor] = []  # an address names a tensor only as long as it lives
+
+        def place(x: Tensor) -> tuple:
+            alive.append(x)
+            return (x.data_ptr(), tuple(x.shape))
+
+        def before(name: str):
+            return lambda _, args: seen.setdefault(place(args[0]), Group([])).linears.append(name)
+
+        def after(name: str):
+            return lambda _, args, out: made.__setitem__(place(out), name) if isinstance(out, Tensor) else None
+
+        linears = linears_of(block)
+        hooks = [m.register_forward_pre_hook(before(n)) for n, m in linears.items()]
+        hooks += [
+            m.register_forward_hook(after(n))
+            for n, m in block.named_modules()
+            if n not in linears and isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1
+        ]
+        out = forward(hidden, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        if not isinstance(out, Tensor):
+            raise BadInput(f"{type(block).__name__} returns {type(out).__name__}", where="model", fix=f"Supported: {SUPPORTED}")
+        groups = list(seen.values())
+        reached = [n for g in groups for n in g.linears]
+        if missing := set(linears) - set(reached):
+            raise BadInput(
+                f"{sorted(missing)[0]} gets no tokens in a plain forward pass (experts chosen by a router?)",
+                where="model",
+                fix=f"Supported: {SUPPORTED}",
+            )
+        if len(reached) != len(set(reached)):
+            raise BadInput("a linear layer runs twice in one block", where="model", fix=f"Supported: {SUPPORTED}")
+        if folds:
+            for place_, group in seen.items():
+                group.fold = _find_fold(block, group, made.get(place_), forward, hidden, kwargs, out, config)
+        walk.groups[key] = groups
+
+    with torch.inference_mode():
+        record(model, blocks, tokens, visit)
+    return walk
+
+
+_FEEDS = {"o_proj": "v_proj", "down_proj": "up_proj"}
+
+
+def _find_fold(block, group, norm, forward, hidden, kwargs, out, config) -> Fold | None:
+    guesses: list[Fold] = []
+    if norm is not None:
+        guesses = [Fold(norm, "norm"), Fold(norm, "norm+1")]
+    elif len(group.linears) == 1:
+        parent, _, leaf = group.linears[0].rpartition(".")
+        producer = f"{parent}.{_FEEDS.get(leaf, '')}"
+        linears = linears_of(block)
+        if producer in linears:
+            inputs, rows = linears[group.linears[0]].in_features, linears[producer].out_features
+            if inputs == rows:
+                guesses = [Fold(producer, "linear")]
+            elif inputs % rows == 0 and (head_dim := getattr(config, "head_dim", None) or inputs // config.num_attention_heads):
+                guesses = [Fold(producer, "linear", repeat=inputs // rows, head_dim=head_dim)]
+    generator = torch.Generator().manual_seed(0)
+    for fold in guesses:
+        inputs = block.get_submodule(group.linears[0]).in_features
+        scale = share_heads(torch.rand(inputs, generator=generator) + 0.5, fold).to(hidden.device)
+        trial = clone(block)
+        for name in group.linears:
+            linear = trial.get_submodule(name)
+            linear.weight = nn.Parameter((linear.weight * scale.to(linear.weight.dtype)), requires_grad=False)
+        apply_fold(trial, fold, scale)
+        again = type(block).forward(trial, hidden, **kwargs)
+        tolerance = 1e-4 if out.dtype == torch.float32 else 3e-2
+        if (again - out).norm() <= tolerance * (out - hidden).norm():
+            return fold
+    return None
+
+
+def share_heads(scale_I: Tensor, fold: Fold) -> Tensor:
+    """``scale_I`` made equal over the query heads that read one value head (geometric mean), so that it can be folded into it."""
+    if fold.repeat == 1:
+        return scale_I
+    heads = scale_I.view(-1, fold.repeat, fold.head_dim)
+    return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
+
+
+def apply_fold(block: nn.Module, fold: Fold, scale_I: Tensor) -> None:
+    """Divide the output of the producer by ``scale_I``, on new parameters."""
+    module = block.get_submodule(fold.producer)
+    dtype = module.weight.dtype
+    if fold.kind == "linear":
+        scale = scale_I if fold.repeat == 1 else scale_I.view(-1, fold.repeat, fold.head_dim)[:, 0].reshape(-1)
+        weight = module.weight.float() / scale[:, None]
+    else:
+        scale, one = scale_I, 1.0 if fold.kind == "norm+1" else 0.0
+        weight = (module.weight.float() + one) / scale - one
+    module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if getattr(module, "bias", None) is not None:
+        module.bias = nn.Parameter((module.bias.float() / scale).to(dtype), requires_grad=False)
