@@ -1,0 +1,363 @@
+"""Answers and likelihoods from a causal language model: batched, shared prefixes computed once, the same for any batch size.
+
+Prefill runs in packs without padding (``packing.py``); decoding runs rows of similar length side by side and drops them as they
+end. Greedy answers take the largest logit. Sampled answers take argmax(logit / temperature + Gumbel noise), an exact draw from
+the softmax (Gumbel-max), the noise being a pure function of (seed, item, sample, step): no batch, order or device changes it,
+and a compressed model meets the same noise as its dense one, which makes their comparison sharper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import CellError
+from .packing import Pack, SlotCache, packs
+from .protocol import Decoding
+
+#: Below this difference of the two best scores (nats), rounding may decide: such answers are counted, not trusted to be equal.
+NEAR_TIE = 1e-4
+#: Prefill tokens of a pack for each row of a batch.
+PACK_TOKENS = 32
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+
+
+class Prompt(NamedTuple):
+    id: str  # keys the sampling noise
+    tokens: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+    text: str
+    finish_reason: str  # "stop" (end of turn or a stop string) or "length"
+    tokens: tuple[int, ...]  # without the end-of-turn token
+    margin: float  # smallest difference of the two best scores at any step, nats
+
+
+class Likelihood(NamedTuple):
+    logprob: float  # sum over the continuation, nats
+    greedy: bool  # whether every token of the continuation is the most likely one
+    margin: float  # smallest distance of a continuation token's logit from its best rival; its sign says which is larger
+
+
+@dataclass
+class Stats:
+    """What a generator did. ``reused_tokens``: prompt tokens not computed because another prompt had begun the same way."""
+
+    prefill_tokens: int = 0
+    reused_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    near_ties: int = 0
+    truncated: int = 0
+
+
+@dataclass
+class _Row:
+    """One answer in the making."""
+
+    slot: int  # where it goes in the results
+    item: str
+    sample: int
+    cache: SlotCache
+    path: np.ndarray  # slots of the prompt in ``cache``
+    tokens: list[int] = field(default_factory=list)
+    margin: float = float("inf")
+
+
+def noise(seed: int, item: str, sample: int, step: int, size: int) -> np.ndarray:
+    """float32 [size], uniform on (0, 1): Philox, key from SHA-256 of (seed, item, sample), counter from the step."""
+    key = hashlib.sha256(f"{seed}\x1f{item}\x1f{sample}".encode()).digest()[:16]
+    bits = np.random.Philox(key=np.frombuffer(key, np.uint64), counter=[0, 0, step, 0]).random_raw((size + 1) // 2)
+    return (bits.view(np.uint32)[:size].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+
+
+class Generator:
+    """A model with its tokenizer, ready to answer. ``batch_size`` rows are decoded at once; it is halved when memory runs out.
+
+    Works with any transformers model whose attention keeps keys and values; others (Mamba) are a ``CellError``.
+    ``tokenizer`` may be None where only ``score`` is used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.config = model.config.get_text_config()
+        self.device = model.get_input_embeddings().weight.device
+        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 64)
+        self.stats = Stats()
+        self.limit = getattr(self.config, "max_position_embeddings", None)
+        self.ends = _end_tokens(model, tokenizer)
+        self._layer_types = set(getattr(self.config, "layer_types", None) or ())
+        if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
+            raise CellError(
+                f"{self.config.model_type} has layers of type {sorted(unknown)}: only key-value attention is supported"
+            )
+        self._window = (
+            getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
+        )
+        self.progress = progress or (lambda done: None)
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+        """``decoding.samples`` answers a prompt, prompt by prompt. Equal prompts are computed once.
+
+        Prompts too long for the model lose their first tokens (counted in ``stats.truncated``). NaN logits are a ``CellError``.
+        """
+        if decoding.samples > 1 and decoding.temperature == 0:
+            raise ValueError(f"{decoding.samples} samples need a temperature above 0")
+        of: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            of.setdefault(self._fit(prompt.tokens, decoding.max_new_tokens), []).append(i)
+        answers: list[Answer | None] = [None] * (len(prompts) * decoding.samples)
+
+        def missing(sequence: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+            for i in of[sequence]:
+                for sample in range(decoding.samples):
+                    if answers[slot := i * decoding.samples + sample] is None:
+                        yield slot, i, sample
+
+        def run(batch_size: int) -> None:
+            left = [s for s in of if any(missing(s))]
+            waiting: list[_Row] = []
+            for sequences, cache, paths, logits_KV in self._prefill(left, [len(s) - 1 for s in left], batch_size):
+                fresh = [
+                    (_Row(slot, prompts[i].id, sample, cache, paths[k]), k)
+                    for k, s in enumerate(sequences)
+                    for slot, i, sample in missing(s)
+                ]
+                for start in range(0, len(fresh), batch_size):
+                    part = fresh[start : start + batch_size]
+                    waiting += self._step([r for r, _ in part], logits_KV[[k for _, k in part]], decoding, answers)
+                while len(waiting) >= batch_size:
+                    waiting.sort(key=lambda r: len(r.path))
+                    self._decode(waiting[-batch_size:], decoding, answers)
+                    del waiting[-batch_size:]
+            waiting.sort(key=lambda r: len(r.path))
+            if waiting:
+                self._decode(waiting, decoding, answers)
+
+        self._within_memory(run)
+        self.stats.near_ties += sum(a.margin < NEAR_TIE for a in answers)  # type: ignore[union-attr]
+        return answers  # type: ignore[return-value]
+
+    def _fit(self, tokens: tuple[int, ...], room: int) -> tuple[int, ...]:
+        if not tokens:
+            raise ValueError("an empty prompt has no last position to continue from")
+        if self.limit and len(tokens) + room > self.limit:
+            self.stats.truncated += 1
+            return tokens[-max(1, self.limit - room) :]
+        return tokens
+
+    def _step(self, rows: list[_Row], logits_BV: torch.Tensor, decoding: Decoding, answers: list[Answer | None]) -> list[_Row]:
+        """Give each row its next token; rows that end go to ``answers``, the others are returned."""
+        scores_BV = logits_BV.float()
+        if decoding.temperature > 0:
+            uniform = np.stack([noise(self.seed, r.item, r.sample, len(r.tokens), scores_BV.shape[-1]) for r in rows])
+            # -log(-log(1 - v)) is Gumbel; log1p keeps it exact for the small v that win
+            exponential_BV = torch.log1p(-torch.from_numpy(uniform).to(scores_BV.device)).neg_()
+            scores_BV = scores_BV / decoding.temperature - exponential_BV.log_()
+        (best_B2, tokens_B2) = scores_BV.topk(2, dim=-1)
+        best, tokens = best_B2.tolist(), tokens_B2[:, 0].tolist()
+        going = []
+        for row, (first, second), token in zip(rows, best, tokens, strict=True):
+            if first != first or first == float("inf"):
+                raise CellError(f"the model's logits are {first} (item {row.item}): its weights are broken")
+            row.margin = min(row.margin, first - second)
+            text = None
+            if token not in self.ends:
+                row.tokens.append(token)
+                if decoding.stop:
+                    text = _cut(self._text(row.tokens), decoding.stop)
+                if text is None and len(row.tokens) < decoding.max_new_tokens:
+                    going.append(row)
+                    continue
+            reason = "stop" if token in self.ends or text is not None else "length"
+            answers[row.slot] = Answer(self._text(row.tokens) if text is None else text, reason, tuple(row.tokens), row.margin)
+            self.progress(1)
+        return going
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _decode(self, rows: list[_Row], decoding: Decoding, answers: list[Answer | None]) -> None:
+        """Continue rows to their ends, all together."""
+        start = time.perf_counter()
+        cache = SlotCache.gather([(r.cache, r.path) for r in rows], decoding.max_new_tokens)
+        lengths_B = torch.tensor([len(r.path) for r in rows], device=self.device)
+        filled = int(lengths_B.max())
+        batch: list[_Row | None] = list(rows)
+        while rows:
+            slots_N = torch.arange(filled + 1, device=self.device)
+            seen_BN = slots_N >= (filled - lengths_B).unsqueeze(1)
+            logits_B1V = self._forward(
+                torch.tensor([[r.tokens[-1] if r else 0] for r in batch], device=self.device),
+                lengths_B.unsqueeze(1),
+                seen_BN[:, None, None],
+                (filled - slots_N)[None, None, None],
+                cache,
+                torch.zeros(1, dtype=torch.long, device=self.device),
+            )
+            self.stats.decode_tokens += len(rows)
+            lengths_B, filled = lengths_B + 1, filled + 1
+            alive = [i for i, r in enumerate(batch) if r]
+            logits_BV = logits_B1V[:, 0] if len(alive) == len(batch) else logits_B1V[alive, 0]
+            rows = self._step(rows, logits_BV, decoding, answers)
+            going = {id(r) for r in rows}
+            batch = [r if id(r) in going else None for r in batch]
+            if rows and len(rows) <= 0.75 * len(batch):
+                index = torch.tensor([i for i, r in enumerate(batch) if r], device=self.device)
+                lengths_B = lengths_B[index]
+                drop = filled - int(lengths_B.max())
+                cache, filled, batch = cache.keep(index, drop), filled - drop, list(rows)
+        self.stats.decode_s += time.perf_counter() - start
+
+    # -- likelihoods --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """Log-likelihood of each (context, continuation), both non-empty token ids. Shared contexts are computed once.
+
+        A pair too long for the model loses the first tokens of its context.
+        """
+        of: dict[tuple[int, ...], list[int]] = {}
+        targets: list[tuple[int, ...]] = []
+        for i, (context, continuation) in enumerate(pairs):
+            if not context or not continuation:
+                raise ValueError(f"pair {i}: context and continuation need at least one token each")
+            targets.append(tuple(continuation))
+            of.setdefault(self._fit((*context, *continuation[:-1]), 1), []).append(i)
+        results: list[Likelihood | None] = [None] * len(pairs)
+
+        def run(batch_size: int) -> None:
+            left = [s for s, members in of.items() if results[members[0]] is None]
+            first = [len(s) - max(len(targets[i]) for i in of[s]) for s in left]
+            for sequences, _, _, logits_KV in self._prefill(left, first, batch_size, every=True):
+                start = 0
+                for s in sequences:
+                    width = max(len(targets[i]) for i in of[s])
+                    for i in of[s]:
+                        n = len(targets[i])
+                        results[i] = _likelihood(logits_KV[start + width - n : start + width], targets[i])
+                    start += width
+                    self.progress(len(of[s]))
+
+        self._within_memory(run)
+        return results  # type: ignore[return-value]
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def _prefill(
+        self, sequences: Sequence[tuple[int, ...]], first: Sequence[int], batch_size: int, every: bool = False
+    ) -> Iterator[tuple[list[tuple[int, ...]], SlotCache, list[np.ndarray], torch.Tensor]]:
+        """(sequences, cache, slots of each sequence, logits [K, V] of the last position each; ``every``: from ``first`` on)."""
+        before: SlotCache | None = None
+        for pack in packs(sequences, first, max(64, PACK_TOKENS * batch_size)):
+            start = time.perf_counter()
+            base = len(pack.base)
+            before = cache = SlotCache.extend(before, pack.base, base + pack.size)
+            wanted = [s - base for i, slots, _ in pack.members for s in (slots[first[i] :] if every else slots[-1:])]
+            logits_1KV = self._run_pack(pack, cache, wanted)
+            self.stats.prefill_tokens += pack.size
+            self.stats.reused_tokens += sum(shared for _, _, shared in pack.members)
+            self.stats.prefill_s += time.perf_counter() - start
+            yield [sequences[i] for i, _, _ in pack.members], cache, [slots for _, slots, _ in pack.members], logits_1KV[0]
+
+    def _run_pack(self, pack: Pack, cache: SlotCache, wanted: list[int]) -> torch.Tensor:
+        base = len(pack.base)
+        positions_T = torch.tensor(pack.positions, device=self.device)
+        positions_S = torch.cat([torch.arange(base, device=self.device), positions_T])
+        return self._forward(
+            torch.tensor([pack.tokens], device=self.device),
+            positions_T.unsqueeze(0),
+            torch.from_numpy(pack.mask_TS()).to(self.device)[None, None],
+            (positions_T[:, None] - positions_S)[None, None],
+            cache,
+            torch.tensor(wanted, device=self.device),
+        )
+
+    def _forward(
+        self,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        seen_B1TN: torch.Tensor,
+        distance_B1TN: torch.Tensor,
+        cache: SlotCache,
+        wanted_K: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits [B, K, V] at positions ``wanted_K``; keys and values of the tokens are appended to ``cache``."""
+
+        def additive(seen: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
+            return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
+
+        near = seen_B1TN & (distance_B1TN < self._window) if self._window else seen_B1TN
+        if self._layer_types:
+            masks: Any = {"full_attention": additive(seen_B1TN)}
+            masks["sliding_attention"] = additive(near) if self._window else masks["full_attention"]
+        else:
+            masks = additive(near)
+        return self.model(
+            input_ids=tokens_BT,
+            attention_mask=masks,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=wanted_K,
+        ).logits
+
+    def _within_memory(self, run: Callable[[int], None]) -> None:
+        """Run with half the batch each time memory runs out; what is finished stays finished."""
+        from accelerate.utils import find_executable_batch_size
+
+        def halve() -> int:
+            self.batch_size //= 2
+            return self.batch_size
+
+        find_executable_batch_size(run, starting_batch_size=self.batch_size, reduce_batch_size_fn=halve)()
+
+
+def _likelihood(logits_KV: torch.Tensor, targets: tuple[int, ...]) -> Likelihood:
+    logits_KV = logits_KV.float()
+    index_K1 = torch.tensor(targets, device=logits_KV.device).unsqueeze(1)
+    picked_K = logits_KV.gather(1, index_K1)[:, 0]
+    logprob = float((picked_K - logits_KV.logsumexp(-1)).double().sum())
+    if logprob != logprob:
+        raise CellError("the model's logits are NaN: its weights are broken")
+    best_K2, top_K2 = logits_KV.topk(2, dim=-1)
+    mine_K = top_K2[:, 0] == index_K1[:, 0]
+    margin_K = picked_K - torch.where(mine_K, best_K2[:, 1], best_K2[:, 0])
+    return Likelihood(logprob, bool(mine_K.all()), float(margin_K.min()))
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str | None:
+    """The text before the earliest stop string, or None if none occurs."""
+    found = [text.index(s) for s in stops if s in text]
+    return text[: min(found)] if found else None
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: of the generation config, the tokenizer, and the end-of-turn tokens of known chat formats."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    out = set(ends if isinstance(ends, list) else [ends])
+    if tokenizer is not None:
+        out.add(tokenizer.eos_token_id)
+        special = tokenizer.get_added_vocab()
+        out |= {special[t] for t in _TURN_ENDS if t in special}
+    return frozenset(t for t in out if t is not None)

@@ -1,0 +1,70 @@
+"""From messages to token ids: the tokenizer's chat template, or plain text for base models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput
+from .protocol import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Some templates print today's date or open a thinking block: answers would change by the day, or be used up by thoughts.
+_FIXED = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, template: str, *, where: str = "evaluation.template") -> None:
+    """``BadInput`` if ``template`` is ``chat`` and the tokenizer has none."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise BadInput(
+            "the tokenizer has no chat template",
+            where=where,
+            fix="Set `template: plain` (turns as plain text, right for base models), or use a tokenizer with a chat template",
+        )
+
+
+def plain(messages: Sequence[Message]) -> str:
+    """Turns as plain text: each ends with a newline, an answer and a system message with a blank line; no role names.
+
+    >>> plain([Message("system", "Be brief."), Message("user", "2+2?"), Message("assistant", "4"), Message("user", "3+3?")])
+    'Be brief.\\n\\n2+2?\\n4\\n\\n3+3?\\n'
+    """
+    return "".join(m.content + ("\n" if m.role == "user" else "\n\n") for m in messages)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: str) -> tuple[int, ...]:
+    """Token ids of a prompt that ends where the answer begins."""
+    if template == "plain":
+        return tuple(tokenizer(plain(messages)).input_ids)
+    return tuple(tokenizer(_chat(tokenizer, messages), add_special_tokens=False).input_ids)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    from jinja2.exceptions import TemplateError
+
+    def render(turns: Sequence[Message]) -> str:
+        chat: list[dict[str, Any]] = [m._asdict() for m in turns]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **_FIXED)  # type: ignore
+
+    try:
+        return render(messages)
+    except TemplateError as first:
+        # Templates without a system role (Gemma, early Mistral) and with strictly alternating roles.
+        try:
+            return render(alternating(messages))
+        except TemplateError:
+            raise BadInput(f"the chat template refuses the messages: {first}", where="evaluation.template") from first
+
+
+def alternating(messages: Sequence[Message]) -> list[Message]:
+    """The same chat with the system text at the head of the first user turn, and neighbours of one role joined."""
+    out: list[Message] = []
+    for m in messages:
+        role = "user" if m.role == "system" else m.role
+        if out and out[-1].role == role:
+            out[-1] = Message(role, f"{out[-1].content}\n\n{m.content}")
+        else:
+            out.append(Message(role, m.content))
+    return out
