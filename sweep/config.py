@@ -9,7 +9,7 @@ import difflib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -19,6 +19,11 @@ from ..actors.calibration import CalibrationConfig
 from ..actors.cell import METHODS
 from ..actors.errors import BadInput
 from ..actors.evaluate.config import EvaluationConfig
+
+
+Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=8)]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class _Frozen(BaseModel):
@@ -39,15 +44,15 @@ class ModelConfig(_Frozen):
 class CalibrationAxes(CalibrationConfig):
     """Calibration of the sweep; ``samples``, ``seqlen``, ``seed`` and ``template`` may be lists, and are then axes."""
 
-    samples: int | list[int] = Field(default=128, description="calibration sequences")  # type: ignore[assignment]
-    seqlen: int | list[int] = Field(default=2048, description="tokens a sequence")  # type: ignore[assignment]
-    seed: int | list[int] = Field(default=0, description="seed that draws the windows")  # type: ignore[assignment]
+    samples: Count | list[Count] = Field(default=128, description="calibration sequences")  # type: ignore[assignment]
+    seqlen: Length | list[Length] = Field(default=2048, description="tokens a sequence")  # type: ignore[assignment]
+    seed: Seed | list[Seed] = Field(default=0, description="seed that draws the windows")  # type: ignore[assignment]
     template: bool | list[bool] = Field(default=False, description="wrap texts in the chat template")  # type: ignore[assignment]
 
     def expand(self) -> list[CalibrationConfig]:
         """One ``CalibrationConfig`` for each combination of the axes."""
         blocks = product({k: v for k, v in self.model_dump().items()}, ("samples", "seqlen", "seed", "template"))
-        return [CalibrationConfig(**b) for b in blocks]
+        return [validate(CalibrationConfig, b, "calibration") for b in blocks]
 
 
 class MethodConfig(BaseModel):

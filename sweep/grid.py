@@ -30,7 +30,6 @@ class Grid:
     skipped: list[Skip]
     plan: Any
     need: dict[str, ModelConfig] = field(default_factory=dict)
-    overlap: dict[str, float] = field(default_factory=dict)  # calibration digest -> share of evaluated items met in calibration
 
     @property
     def keys(self) -> list[str]:
@@ -119,7 +118,7 @@ def _expand_model(
         spec = compress.METHODS[block.method]
         backend = block.backend if block.backend != "comptrust" else ("bitsandbytes" if block.method in BITSANDBYTES else "comptrust")
         axes = block.calibration or config.calibration
-        calibrations = _calibrations(axes, tokenizer, ref, grid) if spec.needs_calibration else [(None, None)]
+        calibrations = _calibrations(axes, ref) if spec.needs_calibration else [(None, None)]
         for params in combinations:
             reason = compress.incompatible(block.method, params, hf_config)
             for spec_c, digest in calibrations:
@@ -129,20 +128,28 @@ def _expand_model(
                 )  # fmt: skip
                 if _excluded(config, {**(spec_c or {}), **params, **base, "method": block.method, "backend": backend}):
                     continue
+                if spec_c and not reason:
+                    _enough(spec_c, compress.required_tokens(block.method, params, hf_config), cell.label)
                 if reason:
                     grid.skipped.append(Skip(model.id, cell.label, reason))
                     break
                 grid.cells.append(cell)
 
 
-def _calibrations(axes: CalibrationAxes, tokenizer: Any, ref: Any, grid: Grid) -> list[tuple[dict[str, Any], str]]:
+def _enough(calibration: dict[str, Any], needed: int, label: str) -> None:
+    have = calibration["samples"] * calibration["seqlen"]
+    if have < needed:
+        raise BadInput(
+            f"{label} needs {needed} calibration tokens, samples x seqlen gives {have}",
+            where="calibration.samples",
+            fix=f"Raise samples to {-(-needed // calibration['seqlen'])} or more.",
+        )
+
+
+def _calibrations(axes: CalibrationAxes, ref: Any) -> list[tuple[dict[str, Any], str]]:
     from ..actors.calibration import calibration_digest
 
-    out = []
-    for c in axes.expand():
-        digest = calibration_digest(c, tokenizer, ref=ref)
-        out.append((c.model_dump(mode="json"), digest))
-    return out
+    return [(c.model_dump(mode="json"), calibration_digest(c, ref)) for c in axes.expand()]
 
 
 def default_dtype() -> str:

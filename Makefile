@@ -1,0 +1,55 @@
+# Two commands: make quickstart, make test. Both need Python 3.11 (or newer) and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: quickstart install test test-fast lint types test-slow test-backends schema clean
+
+quickstart: $(VENV)/.quickstart
+	@$(BIN)/comptrust run quickstart && $(BIN)/comptrust report results/quickstart -o results/quickstart/report.html
+	@echo "record  results/quickstart (Parquet), W&B offline runs in results/quickstart/wandb"
+	@echo "report  results/quickstart/report.html"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U pip
+
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.quickstart
+
+install: $(VENV)/.test
+
+test: $(VENV)/.test lint types test-fast
+
+test-fast: $(VENV)/.test
+	$(PYTEST) -m 'not slow and not backends'
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/basedpyright
+
+# Long fault rounds, scale run, the real model, benchmarks' correctness.
+test-slow: $(VENV)/.test
+	$(PYTEST) -m 'slow' --timeout 3600
+
+# Builds the isolated environments of the peer libraries and runs a tiny model through each.
+test-backends: $(VENV)/.test
+	for b in autoawq auto-gptq gptqmodel llmcompressor; do $(BIN)/comptrust backends install $$b || exit 1; done
+	$(PYTEST) -m 'backends' --timeout 3600
+
+schema: $(VENV)/.test
+	$(BIN)/python -c "import json; from comptrust.sweep.config import json_schema; print(json.dumps(json_schema(), indent=1))" > conf/sweep.schema.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,102 @@
+"""One model without a sweep: ``compress`` and ``evaluate``, the functions behind the two commands and the public Python names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+
+Progress = Callable[[str, int, int], None]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(dtype: str | None) -> str:
+    return dtype or ("bfloat16" if _device() == "cuda" else "float32")
+
+
+def compress(
+    model: str,
+    method: str,
+    params: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    backend: str = "comptrust",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress ``model`` and, with ``output``, write a checkpoint that transformers loads.
+
+    Returns ``model`` (the compressed torch module, tensors it shares with the dense one included), ``tokenizer``, ``layers``,
+    ``size_bytes``, ``bits_per_weight``, ``sparsity_reached``, ``seconds``, ``calibration_digest``. Raises ``BadInput`` for a value no
+    method accepts, an impossible combination, a missing model or too little calibration text, before weights are read.
+    """
+    from . import compress as methods
+    from . import models
+    from .calibration import CalibrationConfig, calibrate
+
+    if method not in methods.METHODS:
+        raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
+    filled = methods.check(method, dict(params or {}), where=method)
+    ref = models.resolve(model)
+    if reason := methods.incompatible(method, filled, models.load_config(ref)):
+        raise BadInput(reason, where=f"{method} on {model}")
+    tokens = digest = None
+    if backend != "comptrust":
+        from .compress.backends import compress_with
+
+        return compress_with(backend, ref, method, filled, dict(calibration or {}), output, progress=progress)
+    if methods.METHODS[method].needs_calibration:
+        drawn = calibrate(CalibrationConfig(**dict(calibration or {})), models.load_tokenizer(ref))
+        tokens, digest = drawn.tokens, drawn.digest
+    dense, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
+    done = methods.compress(dense, method, filled, tokens, device=_device(), progress=progress)
+    if output is not None:
+        from .compress.export import export
+
+        export(done, dense, tokenizer, output, method=method, params=filled, source=model, calibration_digest=digest)
+    return {
+        "model": done.model,
+        "tokenizer": tokenizer,
+        "layers": done.layers,
+        "size_bytes": done.size_bytes,
+        "bits_per_weight": done.bits_per_weight,
+        "sparsity_reached": done.sparsity_reached,
+        "seconds": done.seconds,
+        "calibration_digest": digest,
+    }
+
+
+def evaluate(
+    model: str, evaluation: Mapping[str, Any] | None = None, *, dtype: str | None = None, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """Metrics of one model: rows of table ``metrics`` without the key, all conventions.
+
+    ``evaluation`` is the block of a sweep (``{"suite": "smoke", "dimensions": ["ethics"]}``). Raises ``BadInput`` before weights are read.
+    """
+    from pydantic import ValidationError
+
+    from . import models
+    from .evaluate.config import EvaluationConfig
+    from .evaluate.data import load_pack
+    from .evaluate.run import evaluate as run
+    from .evaluate.run import plan_evaluation
+
+    try:
+        config = EvaluationConfig(**dict(evaluation or {}))
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = "evaluation." + ".".join(map(str, first["loc"]))
+        raise BadInput(f"{first['msg'].removeprefix('Value error, ')} (got {first['input']!r})", where=where) from None
+    ref = models.resolve(model)
+    plan = plan_evaluation(config, load_pack())
+    plan.check_tokenizer(models.load_tokenizer(ref), "model")
+    loaded, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
+    return [m._asdict() for m in run(loaded, tokenizer, plan, progress=progress).metrics]

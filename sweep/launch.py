@@ -1,0 +1,504 @@
+"""``run_sweep``: Ray Tune enumerates the cells, coordinator trials hand them to pooled workers, the record decides what is left to do.
+
+Tune's own state lives in a scratch folder and is thrown away: after any interruption the record alone says which cells are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..actors.actor import WorkerConfig, cell_row
+from ..actors.cell import Cell
+from ..actors.errors import BadInput
+from ..actors.record import Record
+from .config import SweepConfig, load_config
+from .grid import Grid, expand, order
+from .pool import Need, Pool
+from .progress import View
+
+log = logging.getLogger(__name__)
+
+#: What a worker does with a cell; a test or a scale run may name another class with the same methods.
+EXECUTOR = "comptrust.actors.actor:Worker"
+#: Errors of a cell that a smaller batch can cure.
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+
+
+@dataclass
+class Outcome:
+    """How a sweep ended. ``exit_code``: 0 all cells done, 1 some failed, 130 interrupted."""
+
+    sweep: str
+    results: str
+    total: int
+    done: int
+    failed: int
+    skipped: int
+    seconds: float
+    interrupted: bool = False
+    loads: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.interrupted else 0 if self.failed == 0 and self.done == self.total else 1
+
+
+def run_sweep(
+    sweep: str | Path | dict[str, Any] | SweepConfig,
+    *,
+    results: str | Path | None = None,
+    overrides: tuple[str, ...] | list[str] = (),
+    address: str | None = None,
+    view: View | None = None,
+    executor: str = EXECUTOR,
+) -> Outcome:
+    """Run or continue a sweep.
+
+    ``sweep``: YAML file, shipped name, mapping or ``SweepConfig``; ``address``: a running Ray cluster (default: RAY_ADDRESS, else a
+    local one). Raises ``BadInput`` before any work starts; a failing cell does not raise, it is a row of ``failed``.
+    """
+    config = sweep if isinstance(sweep, SweepConfig) else load_config(sweep, overrides)
+    if results is not None:
+        config = config.model_copy(update={"results": str(results)})
+    view = view or View()
+    start = time.monotonic()
+    record = Record(config.results)
+    with _signals(), _locked(record):
+        check_writable(record)
+        _check_wandb(config)
+        with view.stage("planning"):
+            grid = expand(config, view.progress)
+            done = record.done()
+        todo = [c for c in grid.cells if c.key not in done]
+        identity = register(record, config, grid)
+        view.plan(config, grid, len(grid.cells) - len(todo))
+        outcome = Outcome(
+            identity, config.results, len(grid.cells), len(grid.cells) - len(todo), 0, len(grid.skipped), 0.0, stages=view.stages
+        )
+        if todo:
+            _launch(config, record, grid, todo, identity, address, view, executor, outcome)
+        outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+# -- before the work --------------------------------------------------------------------------------------------------
+
+
+def check_writable(record: Record) -> None:
+    """``BadInput`` if the results place cannot be written, or holds the record of a newer comptrust."""
+    try:
+        record.put_json("comptrust.json", {"comptrust": __version__})
+    except (OSError, PermissionError) as e:
+        raise BadInput(f"cannot write to {record.uri!r}: {e}", where="results", fix="Check the path, its permissions and free space.") from e
+    for path in [*record.list("compact/cells")[-1:], *record.list("cells")[-1:]]:
+        record.get_table(path)
+
+
+def _check_wandb(config: SweepConfig) -> None:
+    if config.wandb.mode == "online":
+        import wandb
+
+        if not (os.environ.get("WANDB_API_KEY") or wandb.Api.__module__ and wandb.api.api_key):
+            raise BadInput("'online' needs an API key, and there is none", where="wandb.mode", fix="Run `wandb login`, set WANDB_API_KEY, or use offline.")
+
+
+def register(record: Record, config: SweepConfig, grid: Grid) -> str:
+    """Write ``sweeps/<id>.json`` (config, keys). A sweep of the same name in this record keeps its id, and the keys it had before."""
+    for path in record.list("sweeps", ".json"):
+        known = record.get_json(path)
+        if known["name"] == config.name:
+            identity = known["id"]
+            break
+    else:
+        identity = uuid.uuid4().hex[:8]
+    record.put_json(
+        f"sweeps/{identity}.json",
+        {
+            "id": identity,
+            "name": config.name,
+            "config": config.model_dump(mode="json"),
+            "keys": grid.keys,
+            "labels": {c.key: f"{c.model} {c.label}" for c in grid.cells},
+            "skipped": [vars(s) for s in grid.skipped],
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    return identity
+
+
+@contextlib.contextmanager
+def _locked(record: Record) -> Iterator[None]:
+    """One driver per local folder. On an object store overlapping drivers may do work twice, and never write rows twice."""
+    if not record.local:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    try:
+        Path(record.root).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{record.root}/.lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise BadInput(
+            f"another comptrust run works in {record.uri!r}", where="results", fix="Wait for it (comptrust status), or give --results elsewhere."
+        ) from None
+    except OSError as e:
+        raise BadInput(f"cannot write to {record.uri!r}: {e}", where="results", fix="Check the path and its permissions.") from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM (Slurm preemption, `kill`) ends a sweep like Ctrl-C: resumable, exit code 130."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+# -- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def _launch(
+    config: SweepConfig, record: Record, grid: Grid, todo: list[Cell], identity: str, address: str | None, view: View,
+    executor: str, outcome: Outcome,
+) -> None:  # fmt: skip
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    import ray
+
+    with view.stage("starting Ray"):
+        connect(address)
+    scratch = tempfile.mkdtemp(prefix="comptrust-tune-")
+    stop = threading.Event()
+    sink = watcher = None
+    try:
+        needs = {m: need_of(config, m, grid) for m in grid.need}
+        workers = check_room(config, needs)
+        run = uuid.uuid4().hex[:6]
+        worker_config = WorkerConfig(
+            record=config.results if "://" in config.results else record.root,
+            evaluation=config.evaluation.model_dump(mode="json"),
+            threads=config.resources.cpus,
+            cache_gb=config.resources.cache_gb,
+            execution=config.execution,
+        )
+        ordered = order(todo, workers)
+        pool = (
+            ray.remote(PoolActor)
+            .options(name=f"comptrust-{identity}-{run}-pool", num_cpus=0, max_concurrency=10_000)
+            .remote(f"comptrust-{identity}-{run}", [c.model_dump(mode="json") for c in ordered], needs, workers, worker_config, executor,
+                    config.resources.max_failures)
+        )  # fmt: skip
+        if config.wandb.mode != "disabled":
+            from .wandb_sink import start_sink
+
+            sink = start_sink(config, identity, f"comptrust-{identity}-{run}-sink")
+        watcher = threading.Thread(
+            target=_watch, args=(pool, sink, record, identity, outcome, view, stop), name="comptrust-watch", daemon=True
+        )
+        watcher.start()
+        _fit(config, ordered, workers, f"comptrust-{identity}-{run}-pool", worker_config.record, scratch)
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    finally:
+        stop.set()
+        if watcher is not None:
+            watcher.join(timeout=30)
+        if sink is not None:
+            sink.finish(outcome, config.wandb.finish_timeout_s)
+        view.close()
+        with contextlib.suppress(KeyboardInterrupt):
+            ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def connect(address: str | None) -> None:
+    """Join ``address`` (or RAY_ADDRESS), else start a local Ray that ends with this process."""
+    import ray
+
+    target = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if not target:
+        ray.init(include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+        return
+    if target != "auto":
+        _reachable(target)
+    env = {k: os.environ[k] for k in ("COMPTRUST_DATA",) if k in os.environ}
+    try:
+        ray.init(target, runtime_env={"env_vars": env} if env else None, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise BadInput(
+            f"cannot join Ray at {target!r}: {text}", where="--address",
+            fix="The cluster needs the same Ray and Python versions as this machine: `comptrust doctor` prints them.",
+        ) from e  # fmt: skip
+
+
+def _reachable(target: str) -> None:
+    """A closed port says so at once; Ray itself would try for a minute."""
+    host, _, port = target.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return
+    except (OSError, ValueError) as e:
+        raise BadInput(f"nothing answers at {target!r} ({e})", where="--address", fix="Give HOST:PORT of the head node, or `auto` on a node.") from e
+
+
+def need_of(config: SweepConfig, model: str, grid: Grid) -> Need:
+    """Resources of a cell of ``model``. Without a GPU in the cluster: CPU workers, a little under whole CPUs so that coordinators fit beside."""
+    import ray
+
+    own, common = grid.need[model], config.resources
+    have = ray.cluster_resources().get("GPU", 0)
+    gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
+    memory = own.memory_gb or common.memory_gb
+    return Need(gpus, common.cpus if gpus else common.cpus - 0.1, int((memory or 0) * 1e9), common.cpus)
+
+
+def check_room(config: SweepConfig, needs: dict[str, Need]) -> int:
+    """How many workers fit now; ``BadInput`` at once if some cell fits on no node."""
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    fit = 0
+    for model, need in needs.items():
+        if not any(_fits(need, r) for r in nodes):
+            most = max((r.get("GPU", 0) for r in nodes), default=0)
+            raise BadInput(
+                f"a cell of {model!r} needs {need.gpus:g} GPUs, {need.threads} CPUs and {need.memory / 1e9:g} GB; no node has that"
+                f" (largest: {most:g} GPUs, {max((r.get('CPU', 0) for r in nodes), default=0):g} CPUs)",
+                where="resources",
+                fix="Lower resources.gpus, cpus or memory_gb, or join a larger cluster with --address.",
+            )
+        fit = max(fit, sum(_times(need, r) for r in nodes))
+    return config.resources.workers or max(fit, 1)
+
+
+def _fits(need: Need, have: dict[str, float]) -> bool:
+    return _times(need, have) >= 1
+
+
+def _times(need: Need, have: dict[str, float]) -> int:
+    ratios = [have.get("CPU", 0) / need.cpus]
+    if need.gpus:
+        # A GPU is shared by whole cells only: two cells of 0.6 do not fit on one GPU and a fifth of the next.
+        per = int(1 / need.gpus) if need.gpus < 1 else 1
+        ratios.append(have.get("GPU", 0) * per if need.gpus < 1 else have.get("GPU", 0) // need.gpus)
+    if need.memory:
+        ratios.append(have.get("memory", 0) / need.memory)
+    return int(min(ratios) + 1e-9)
+
+
+def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record: str, scratch: str) -> None:
+    """Tune enumerates; a trial costs a small CPU share and a reused process."""
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    trainable = tune.with_resources(_trainable(), {"cpu": 0.01})
+    timeout, attempts = config.resources.timeout_s, config.resources.attempts
+    tuner = tune.Tuner(
+        trainable,
+        param_space={
+            "key": tune.grid_search([c.key for c in cells]),
+            "pool": pool, "record": record, "timeout_s": timeout, "attempts": attempts,
+        },
+        tune_config=tune.TuneConfig(max_concurrent_trials=min(workers + 1, len(cells)), reuse_actors=True),
+        run_config=tune.RunConfig(
+            storage_path=scratch, name="tune", verbose=0, checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)
+        ),
+    )  # fmt: skip
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        tuner.fit()
+
+
+def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome, view: View, stop: threading.Event) -> None:
+    """Feed the live view, the sink and ``progress/<id>.json`` (for `comptrust status` elsewhere) from the pool, twice a second."""
+    import ray
+
+    wrote = 0.0
+    while True:
+        last = stop.is_set()
+        try:
+            snap = ray.get(pool.snapshot.remote(), timeout=20)
+        except Exception as e:  # the cluster is going down: the sweep's own end reports it
+            log.debug("no snapshot: %s", e)
+            if last:
+                return
+            stop.wait(1)
+            continue
+        for row in snap["finished"]:
+            outcome.done += row["status"] == "done"
+            outcome.failed += row["status"] == "failed"
+            if sink is not None:
+                sink.cell(row)
+        outcome.loads = snap["loads"]
+        view.update(snap, outcome)
+        if sink is not None:
+            sink.progress(outcome, snap)
+        if last or time.monotonic() - wrote > 5:
+            wrote = time.monotonic()
+            with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
+                record.put_json(f"progress/{identity}.json", {**view.state(snap, outcome), "updated": datetime.now(UTC).isoformat()})
+        if last:
+            return
+        stop.wait(0.5)
+
+
+class PoolActor(Pool):
+    """The pool as a Ray actor; makes workers as actors of its own, so that they end with it."""
+
+    def __init__(
+        self, name: str, cells: list[dict[str, Any]], needs: dict[str, Need], limit: int, config: WorkerConfig, executor: str,
+        max_failures: int,
+    ) -> None:  # fmt: skip
+        self.name, self.needs, self.config, self.executor = name, needs, config, executor
+        self.max_failures, self.failures = max_failures, 0
+        self.cells = {c.key: c for c in (Cell(**d) for d in cells)}
+        super().__init__(self._make, [(c.key, c.model, c.method == "dense") for c in self.cells.values()], limit)
+
+    def _make(self, need: Need, number: int) -> Any:
+        import ray
+
+        me = ray.get_runtime_context().current_actor
+        options: dict[str, Any] = {"memory": need.memory} if need.memory else {}
+        env = {"OMP_NUM_THREADS": str(need.threads), "TOKENIZERS_PARALLELISM": "false"}
+        return (
+            ray.remote(RayWorker)
+            .options(name=f"{self.name}-worker{number}", num_gpus=need.gpus, num_cpus=need.cpus, runtime_env={"env_vars": env}, **options)
+            .remote(self.config, self.executor, me, number)
+        )
+
+    async def take(self, key: str) -> tuple[Cell, int, Any] | None:
+        """The cell of ``key`` with a worker for it; None once too many cells have failed."""
+        if self.failures >= self.max_failures:
+            self.states[key] = "stopped"
+            return None
+        cell = self.cells[key]
+        number, handle = await self.acquire(key, cell.model, cell.method == "dense", self.needs[cell.model])
+        return cell, number, handle
+
+    async def finish(self, key: str, model: str, dense: bool, state: str, row: dict[str, Any] | None = None) -> None:
+        self.failures += state == "failed"
+        await super().finish(key, model, dense, state, row)
+
+
+class RayWorker:
+    """A worker behind Ray: reports progress to the pool, at most four times a second."""
+
+    def __init__(self, config: WorkerConfig, executor: str, pool: Any, number: int) -> None:
+        from importlib import import_module
+
+        self.pool, self.number, self.last = pool, number, 0.0
+        module, _, name = executor.partition(":")
+        self.worker = getattr(import_module(module), name)(config, self._progress)
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last > 0.25 or done == total:
+            self.last = now
+            self.pool.progress.remote(self.number, stage, done, total)
+
+    def prepare(self, cell: Cell) -> None:
+        self.worker.prepare(cell)
+
+    def evaluate(self, cell: Cell, attempt: int, batch_scale: float) -> dict[str, Any]:
+        return self.worker.evaluate(cell, attempt, batch_scale)
+
+
+def _trainable() -> Any:
+    """The trial, made on first use so that importing this module does not import Ray Tune."""
+    from ray import tune
+
+    class Coordinator(tune.Trainable):
+        """One trial: sees its cell through the pool to a committed row or a failure."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            self._config = dict(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._config = dict(new_config)
+            return True
+
+        def step(self) -> dict[str, Any]:
+            return {**coordinate(**self._config), "done": True}
+
+    return Coordinator
+
+
+def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attempts: int) -> dict[str, Any]:
+    """Get a worker, prepare, wait for the dense reference, evaluate; retry by cause (node or worker death elsewhere, memory smaller)."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError
+
+    broker = ray.get_actor(pool)
+    attempt, scale = 1, 1.0
+    while True:
+        got = ray.get(broker.take.remote(key))
+        if got is None:
+            return {"state": "stopped"}
+        cell, number, handle = got
+        dense = cell.method == "dense"
+        start, died = datetime.now(UTC), None
+        try:
+            ray.get(handle.prepare.remote(cell), timeout=timeout_s)
+            if not dense and ray.get(broker.wait_dense.remote(cell.model)) == "queued":
+                # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
+                ray.get(broker.release.remote(number, cell.model))
+                time.sleep(0.5)
+                continue
+            row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=timeout_s)
+        except (RayActorError, RaySystemError) as e:
+            died, row = "dead", _lost(cell, attempt, start, "WorkerDied", str(e).strip().splitlines()[0])
+        except GetTimeoutError:
+            died, row = "retire", _lost(cell, attempt, start, "Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
+        if died:
+            Record(record).fail(row)
+        ray.get(broker.release.remote(number, None if died else cell.model, died == "dead", died == "retire"))
+        again = row["error_type"] == "WorkerDied" if died else row["status"] == "failed" and row["error_type"] in OUT_OF_MEMORY
+        if again and attempt < attempts:
+            if dense:
+                ray.get(broker.dense_running.remote(cell.model, "queued"))
+            attempt, scale = attempt + 1, scale if died else scale / 2
+            continue
+        ray.get(broker.finish.remote(key, cell.model, dense, row["status"], row))
+        return {"state": row["status"]}
+
+
+def _lost(cell: Cell, attempt: int, start: datetime, error_type: str, error: str) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    return cell_row(
+        cell, attempts=attempt, status="failed", error_type=error_type, error=error[:2000], started_at=start, finished_at=now
+    )
+

@@ -1,0 +1,130 @@
+"""The live view on stderr: cells by state, what each worker does, rate, time left. Lines instead of a table where stderr is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+LINE_EVERY_S = 15.0
+
+
+class View:
+    """``quiet`` shows nothing and still keeps the figures that `status` reads."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
+        self.live: Live | None = None
+        self.stages: dict[str, float] = {}
+        self.labels: dict[str, str] = {}
+        self.total = self.before = 0
+        self.start: float | None = None
+        self.seen_loads = 0
+        self._last_line = 0.0
+        self._last_stage = ("", 0.0)
+
+    # -- before the cells ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show and time a step."""
+        start = time.monotonic()
+        with self.console.status(f"{name} ...") if self.console.is_terminal else contextlib.nullcontext():
+            yield
+        self.stages[name] = time.monotonic() - start
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Progress of planning (conversion of a model can take a minute)."""
+        now = time.monotonic()
+        if not self.console.is_terminal and (self._last_stage[0] != stage or now - self._last_stage[1] > LINE_EVERY_S):
+            self._last_stage = (stage, now)
+            self.console.print(f"{stage} {done}/{total}", highlight=False)
+
+    def plan(self, config: Any, grid: Any, done: int) -> None:
+        """What is about to happen."""
+        self.labels = {c.key: f"{c.model.split('/')[-1]} {c.label}" for c in grid.cells}
+        self.total, self.before = len(grid.cells), done
+        self.console.print(
+            f"[bold]{config.name}[/]: {len(grid.cells)} cells of {len(grid.need)} model(s), {done} done, {len(grid.cells) - done} to do"
+            f" · suite {config.evaluation.suite} · results in {config.results}"
+        )
+        for skip in grid.skipped:
+            self.console.print(f"  skipped {skip.model} {skip.label}: {skip.reason}", style="yellow", markup=False)
+
+    # -- while they run -----------------------------------------------------------------------------------------------
+
+    def update(self, snap: dict[str, Any], outcome: Any) -> None:
+        if self.start is None:
+            self.start = time.monotonic()
+            if self.console.is_terminal:
+                self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+                self.live.start()
+        for row in snap["finished"]:
+            self._finished(row, outcome)
+        if self.live is not None:
+            self.live.update(self._render(snap, outcome))
+        elif time.monotonic() - self._last_line > LINE_EVERY_S and not snap["finished"]:
+            self._last_line = time.monotonic()
+            for w in snap["workers"]:
+                if w["key"]:
+                    self.console.print(f"  worker {w['id']}: {self.labels.get(w['key'], w['key'])}: {_doing(w)}", highlight=False)
+
+    def _finished(self, row: dict[str, Any], outcome: Any) -> None:
+        self._last_line = time.monotonic()
+        seconds = (row["finished_at"] - row["started_at"]).total_seconds()
+        head = f"[{outcome.done + outcome.failed}/{outcome.total}] {self.labels.get(row['key'], row['key'])}"
+        if row["status"] == "done":
+            ppl = next((m["value"] for m in row.get("metrics", ()) if m["metric"] == "perplexity"), None)
+            more = f" · perplexity {ppl:.2f}" if ppl is not None else ""
+            self.console.print(f"{head}: {seconds:.0f} s{more} · {row['bits_per_weight']:.2f} bits/weight", markup=False, highlight=False)
+        else:
+            self.console.print(f"{head}: failed: {row['error_type']}: {row['error'][:200]}", style="red", markup=False, highlight=False)
+
+    def state(self, snap: dict[str, Any], outcome: Any) -> dict[str, Any]:
+        """The figures as JSON for `comptrust status` on another machine."""
+        elapsed = time.monotonic() - (self.start or time.monotonic())
+        fresh = outcome.done + outcome.failed - self.before
+        left = outcome.total - outcome.done - outcome.failed
+        rate = fresh / elapsed if elapsed > 0 and fresh else None
+        return {
+            "done": outcome.done, "failed": outcome.failed, "total": outcome.total, "elapsed_s": elapsed,
+            "cells_per_hour": rate * 3600 if rate else None, "left_s": left / rate if rate else None,
+            "workers": [{**w, "label": self.labels.get(w["key"], w["key"])} for w in snap["workers"]],
+        }  # fmt: skip
+
+    def _render(self, snap: dict[str, Any], outcome: Any) -> Group:
+        state = self.state(snap, outcome)
+        bar = Progress(
+            TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.console
+        )
+        left = f"about {_clock(state['left_s'])} left" if state["left_s"] is not None else ""
+        task = bar.add_task("cells", total=outcome.total, completed=outcome.done + outcome.failed, left=left)
+        bar.tasks[task].start_time = bar.get_time() - state["elapsed_s"]
+        table = Table(box=None, padding=(0, 2), show_header=False)
+        for w in snap["workers"]:
+            table.add_row(f"worker {w['id']}", self.labels.get(w["key"], "-") if w["key"] else "-", _doing(w) if w["key"] else "idle")
+        return Group(bar, table)
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        if self.start is not None:
+            self.stages["cells"] = time.monotonic() - self.start
+
+
+def _doing(worker: dict[str, Any]) -> str:
+    count = f" {worker['done']}/{worker['total']}" if worker["total"] > 1 else ""
+    return f"{worker['stage']}{count}, {_clock(time.time() - worker['started'])}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"

@@ -1,0 +1,40 @@
+"""``sync``: publish a record to W&B (again), whatever W&B missed."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any
+
+from ..actors.errors import BadInput
+from .grid import config_of
+from .results import load_results
+from .wandb_sink import Publisher
+
+
+def sync(uri: str) -> str:
+    """Every cell of every sweep of the record as W&B runs; a run that exists is resumed under the same id. Returns a sentence."""
+    results = load_results(uri)
+    sweeps = [results.record.get_json(p) for p in results.record.list("sweeps", ".json")]
+    if not sweeps:
+        raise BadInput(f"no sweep in {uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
+    cells = {r["key"]: r for r in results.rows("select * from cells")} | {r["key"]: r for r in results.rows("select * from failed")}
+    metrics: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for m in results.rows("select * from metrics"):
+        metrics[m["key"]].append(m)
+    sent, notes = 0, []
+    for sweep in sweeps:
+        config = config_of(sweep)
+        online = bool(os.environ.get("WANDB_API_KEY")) and config.wandb.mode != "disabled"
+        config = config.model_copy(update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})})
+        folder = uri if "://" not in uri else os.path.join("results", config.name)
+        publisher = Publisher(config, sweep["id"], os.path.abspath(folder))
+        publisher.open()
+        for key in sweep["keys"]:
+            if key in cells:
+                items = results.items([key]).to_pylist() if config.wandb.items else None
+                publisher.cell({**cells[key], "metrics": metrics[key]}, items)
+                sent += 1
+        notes += publisher.close(0)
+    where = "W&B" if not notes and online else "offline runs (set WANDB_API_KEY to publish)"
+    return "; ".join([f"{sent} cells of {len(sweeps)} sweep(s) written to {where}", *notes])

@@ -1,0 +1,258 @@
+"""W&B as a view of the record: one run a cell, grouped by sweep, and one run for the sweep with progress and frontier.
+
+One actor owns all W&B traffic. It may hang, refuse or die: the sweep hands it rows without waiting, and ends it after a time limit.
+A server that does not answer within ``init_timeout_s`` turns the rest of the sweep offline, once and said once; ``comptrust sync``
+publishes the record later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..actors.cell import DIMENSIONS
+from .config import SweepConfig
+
+log = logging.getLogger(__name__)
+
+#: Columns of ``cells`` that go to a run's config; the rest are results and go to its summary.
+CONFIG = (
+    "key", "artifact_key", "model", "revision", "method", "bits", "group_size", "sparsity", "pattern", "params", "backend", "dtype",
+    "calibration", "calibration_digest", "samples", "seqlen", "template", "seed", "suite", "device", "versions",
+)  # fmt: skip
+SUMMARY = (
+    "status", "error_type", "error", "attempts", "parameters", "size_bytes", "bits_per_weight", "sparsity_reached", "overlap", "execution",
+    "kernel", "compress_s", "evaluate_s", "peak_memory_bytes", "prefill_tokens_s", "decode_tokens_s",
+)  # fmt: skip
+
+
+class Publisher:
+    """Writes runs. ``mode`` falls back to offline when the server fails; ``notes`` says so."""
+
+    def __init__(self, config: SweepConfig, sweep: str, folder: str) -> None:
+        self.config, self.sweep, self.folder = config, sweep, folder
+        self.mode = config.wandb.mode
+        self.notes: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.run: Any = None
+        self._alarmed: set[str] = set()
+        os.makedirs(folder, exist_ok=True)
+        os.environ.setdefault("WANDB_SILENT", "true")
+
+    def _init(self, **kwargs: Any) -> Any:
+        import wandb
+
+        w = self.config.wandb
+        settings = wandb.Settings(
+            init_timeout=w.init_timeout_s, finish_timeout=w.finish_timeout_s, console="off", silent=True, reinit="create_new",
+            x_disable_stats=True, x_disable_machine_info=True, x_disable_meta=True, x_save_requirements=False, save_code=False,
+            disable_git=True, x_primary=True,
+        )  # fmt: skip
+        common = {
+            "project": w.project, "entity": w.entity, "group": f"{self.config.name}-{self.sweep}", "dir": self.folder, "settings": settings,
+        }  # fmt: skip
+        if self.mode == "online":
+            try:
+                return wandb.init(mode="online", resume="allow", **common, **kwargs)
+            except Exception as e:  # any failure of the view must leave the record's sweep running
+                self._degrade(e)
+        return wandb.init(mode="offline", **common, **kwargs)
+
+    def _degrade(self, error: BaseException) -> None:
+        import wandb
+
+        self.mode = "offline"
+        self.notes.append(f"W&B does not answer ({type(error).__name__}); going on offline, publish later with `comptrust sync`")
+        with contextlib.suppress(Exception):
+            wandb.teardown(exit_code=1)
+
+    def open(self) -> None:
+        """Start the sweep's run."""
+        self.run = self._init(
+            id=f"{self.sweep}-sweep", name=self.config.name, job_type="sweep", config=self.config.model_dump(mode="json")
+        )
+
+    def cell(self, row: Mapping[str, Any], items: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """One finished or failed cell: its run, and a line of the sweep's table."""
+        import wandb
+
+        flat = flatten(row)
+        self.rows.append(flat)
+        try:
+            run = self._init(
+                id=f"{self.sweep}-{row['key']}", name=label(row), job_type="cell", tags=[row["method"], row["suite"] or "none"],
+                config={c: row.get(c) for c in CONFIG},
+            )  # fmt: skip
+            run.log({k: v for k, v in flat.items() if k not in CONFIG and isinstance(v, int | float)})
+            run.summary.update({k: v for k, v in flat.items() if k not in CONFIG and v is not None})
+            if items:
+                names = ["dimension", "scenario", "item", "sample", "outcome", "score", "text"]
+                run.log({"items": wandb.Table(columns=names, data=[[i.get(n) for n in names] for i in items])})
+            run.finish(exit_code=0 if row["status"] != "failed" else 1)
+        except Exception as e:  # see class docstring
+            log.debug("W&B run of %s: %s", row["key"], e)
+            if self.mode == "online":
+                self._degrade(e)
+                self.open()
+
+    def progress(self, figures: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            self.run.log(dict(figures))
+
+    def frontier(self) -> None:
+        """Cells and their frontier (size against trust, or against perplexity where trust is incomplete) as tables of the sweep's run."""
+        import wandb
+
+        done = [r for r in self.rows if r["status"] == "done"]
+        if not done or self.run is None:
+            return
+        names = ["key", "model", "method", "bits", "sparsity", "pattern", "size_bytes", "bits_per_weight", "utility/perplexity"]
+        names += [f"{d}/score" for d in DIMENSIONS]
+        front = set(frontier_keys(done))
+        data = [[r.get(n) for n in names] + [r["key"] in front] for r in done]
+        table = wandb.Table(columns=[*names, "on_frontier"], data=data)
+        self.run.log({"frontier": table})
+        self.run.summary["on_frontier"] = len(front)
+
+    def alarms(self, found: Sequence[str]) -> None:
+        """Alarms as they come: a summary list and, online, a W&B alert each, once."""
+        fresh = [a for a in found if a not in self._alarmed]
+        if self.run is None or not fresh:
+            return
+        self._alarmed.update(fresh)
+        self.run.summary["alarms"] = sorted(self._alarmed)
+
+    def close(self, exit_code: int) -> list[str]:
+        import wandb
+
+        try:
+            self.frontier()
+            if self.run is not None:
+                self.run.finish(exit_code=exit_code)
+            wandb.teardown()  # completes an offline file; finish() alone may leave its last block unwritten
+        except Exception as e:  # see class docstring
+            self.notes.append(f"W&B did not take the end of the sweep ({type(e).__name__}); publish it with `comptrust sync`")
+        return self.notes
+
+
+def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row and its metrics as flat names: ``ethics/score``, ``ethics/refusal``, ``utility/perplexity``."""
+    out = {k: row.get(k) for k in (*CONFIG, *SUMMARY)}
+    for m in row.get("metrics") or ():
+        if m["convention"] == "comptrust" and m["value"] is not None:
+            out["/".join(p for p in (m["dimension"], m["scenario"], m["metric"]) if p)] = m["value"]
+    return out
+
+
+def label(row: Mapping[str, Any]) -> str:
+    parts = [row["model"].split("/")[-1], row["method"]]
+    parts += [f"{row['bits']}-bit"] if row.get("bits") else []
+    parts += [row["pattern"]] if row.get("pattern") not in (None, "unstructured") else []
+    parts += [f"{row['sparsity']:.0%}"] if row.get("sparsity") and row.get("pattern") in (None, "unstructured") else []
+    parts += [f"seed {row['seed']}"] if row.get("seed") else []
+    return " ".join(map(str, parts))
+
+
+def frontier_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys on the frontier of size (least) and trust mean (most) or perplexity (least)."""
+    import moocore
+    import numpy as np
+
+    scores = [[r.get(f"{d}/score") for d in DIMENSIONS] for r in rows]
+    trusted = all(None not in s for s in scores)
+    second = [-float(np.mean(s)) for s in scores] if trusted else [r.get("utility/perplexity") for r in rows]
+    usable = [(r["key"], float(r["size_bytes"]), v) for r, v in zip(rows, second, strict=True) if v is not None and r.get("size_bytes")]
+    if not usable:
+        return []
+    keep = moocore.is_nondominated(np.array([u[1:] for u in usable]), keep_weakly=True)
+    return [u[0] for u, k in zip(usable, keep, strict=True) if k]
+
+
+# -- the actor --------------------------------------------------------------------------------------------------------
+
+
+class SinkActor:
+    """Owns the Publisher in a process of its own."""
+
+    def __init__(self, config: dict[str, Any], sweep: str, folder: str, record: str) -> None:
+        from ..actors.record import Record
+
+        self.publisher = Publisher(SweepConfig(**config), sweep, folder)
+        self.record = Record(record)
+        self.publisher.open()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def cell(self, row: dict[str, Any]) -> None:
+        items = None
+        if self.publisher.config.wandb.items and row["status"] == "done":
+            table = self.record.get_table(f"items/{row['key']}.parquet")
+            items = table.to_pylist() if table is not None else None
+        self.publisher.cell(row, items)
+
+    def progress(self, figures: dict[str, Any]) -> None:
+        self.publisher.progress(figures)
+
+    def close(self, exit_code: int) -> list[str]:
+        return self.publisher.close(exit_code)
+
+
+class Sink:
+    """The driver's end: never waits, except for ``finish``, and there at most its time limit."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.last = 0.0
+        self.notes: list[str] = []
+        self._pid = actor.pid.remote()
+
+    def cell(self, row: dict[str, Any]) -> None:
+        self.actor.cell.remote({k: v for k, v in row.items()})
+
+    def progress(self, outcome: Any, snap: Mapping[str, Any]) -> None:
+        if time.monotonic() - self.last < 10:
+            return
+        self.last = time.monotonic()
+        figures = {"cells/done": outcome.done, "cells/failed": outcome.failed, "cells/total": outcome.total}
+        self.actor.progress.remote({**figures, "cells/running": sum(bool(w["key"]) for w in snap["workers"])})
+
+    def finish(self, outcome: Any, timeout: float) -> None:
+        """Close the runs; after ``timeout`` (plus a grace for the calls before it) end the actor and every process it started."""
+        import psutil
+        import ray
+
+        children: list[psutil.Process] = []
+        try:
+            pid = ray.get(self._pid, timeout=timeout)
+            me = psutil.Process(pid)
+            children = [me, *me.children(recursive=True)]
+            done = self.actor.close.remote(outcome.exit_code)
+            self.notes = ray.get(done, timeout=timeout + 5)
+        except Exception as e:  # the view may be in any state; the record is complete without it
+            self.notes = [f"W&B did not finish within {timeout:g} s ({type(e).__name__}); publish with `comptrust sync`"]
+        finally:
+            with contextlib.suppress(Exception):
+                ray.kill(self.actor)
+            for process in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def start_sink(config: SweepConfig, sweep: str, name: str) -> Sink:
+    """The sink on the driver's own node (it writes offline runs to the driver's disk)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folder = config.results if "://" not in config.results else os.path.join("results", config.name)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = (
+        ray.remote(SinkActor)
+        .options(name=name, num_cpus=0, scheduling_strategy=here)
+        .remote(config.model_dump(mode="json"), sweep, os.path.abspath(folder), os.path.abspath(folder) if "://" not in config.results else config.results)
+    )
+    return Sink(actor)
