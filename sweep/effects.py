@@ -1,0 +1,348 @@
+"""What compression did to each cell and dimension, against the dense cell of the same model and evaluation.
+
+The estimate is the dimension's own formula on the stored items; its uncertainty comes from leaving out one cluster (source
+prompt) at a time in both cells alike (paired jackknife), which works for any formula a task has, and feeds the paired
+bootstrap. Where a binary dimension asks each prompt once, the test is McNemar's. Without items: spread over calibration
+seeds, or the bare point.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..actors.cell import DIMENSIONS, Cell, canonical
+from ..actors.evaluate.protocol import Outcome
+from . import statistics as st
+from .results import Results
+
+#: The paper's band: a change within 5 points is no change.
+BAND = 5.0
+QUANTISED = ("rtn", "gptq", "awq", "smoothquant", "llm_int8", "nf4", "fp4")
+PRUNED = ("magnitude", "wanda", "sparsegpt", "gblm")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Compressed minus dense of one cell in one dimension, in points (positive is better)."""
+
+    key: str
+    dimension: str
+    score: float | None
+    dense: float | None
+    delta: float | None
+    low: float | None = None  # 95% interval; basis `seeds`: range over seeds
+    high: float | None = None
+    p: float | None = None  # two-sided, of "no change"
+    p_holm: float | None = None  # over all cells and dimensions of the record
+    q: float | None = None  # Benjamini-Hochberg, same family
+    p_equivalent: float | None = None  # TOST: small means within +-5 points
+    drop_upper: float | None = None  # one-sided 95% upper bound of the drop
+    mde: float | None = None  # smallest difference found with 80% power
+    n: int = 0  # clusters (basis items) or seeds
+    basis: str = "point"  # items, seeds or point
+    test: str = ""  # mcnemar, bootstrap or ""
+    refusal_change: float | None = None  # share, compressed - dense
+    valid: bool = True
+    seed_sd: float | None = None
+    seed_unstable: bool = False
+    transitions: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def significant(self) -> bool:
+        return self.p_holm is not None and self.p_holm < 0.05
+
+
+class Effects:
+    """Rows of view ``results`` by key, and the effects of the compressed ones. Build it once and hand it on."""
+
+    def __init__(self, results: Results, where: str | None = None) -> None:
+        from .frontier import select  # the one place where user SQL meets the view
+
+        self.results = results
+        self.rows: dict[str, Row] = {r["key"]: r for r in select(results, None, where)}
+        for row in self.rows.values():
+            row["_params"] = json.loads(row["params"] or "{}")
+        self.configs: dict[str, list[str]] = {}
+        for key, row in self.rows.items():
+            self.configs.setdefault(config_of(row), []).append(key)
+        self.contributions: dict[tuple[str, str], np.ndarray] = {}
+        self._build()
+
+    # -- lookups ------------------------------------------------------------------------------------------------------
+
+    def dense(self, key: str) -> Row | None:
+        return self.rows.get(self.rows[key]["dense_key"] or "")
+
+    def of(self, key: str) -> dict[str, Effect]:
+        """Effects of one cell by dimension; empty for a dense cell or one without a dense cell."""
+        return self._by_key.get(key, {})
+
+    def bases(self) -> dict[tuple[str, str], list[Row]]:
+        """Rows by (model, suite): the unit of every comparison. Suites and evaluations are never mixed."""
+        out: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows.values():
+            out.setdefault((row["model"], row["suite"]), []).append(row)
+        return dict(sorted(out.items()))
+
+    def seeds(self, key: str) -> list[str]:
+        """Cells that differ from this one in the calibration seed alone, itself included."""
+        return self.configs[config_of(self.rows[key])]
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        compared = [k for k, r in self.rows.items() if r["method"] != "dense" and self.dense(k) is not None]
+        items = ItemScores(self.results, [k for c in compared for k in (c, self.rows[c]["dense_key"])])
+        effects: list[Effect] = []
+        for dimension in DIMENSIONS:
+            effects += self._dimension(dimension, compared, items)
+        adjusted = st.holm([e.p for e in effects]), st.benjamini_hochberg([e.p for e in effects])
+        self.all = [_with(e, p_holm=h, q=q) for e, h, q in zip(effects, *adjusted, strict=True)]
+        self._by_key: dict[str, dict[str, Effect]] = {}
+        for e in self.all:
+            self._by_key.setdefault(e.key, {})[e.dimension] = e
+
+    def _dimension(self, dimension: str, compared: Sequence[str], items: ItemScores) -> list[Effect]:
+        out, columns, at = [], [], []
+        for key in compared:
+            row, dense = self.rows[key], self.dense(key)
+            score, base = row[dimension], dense[dimension]
+            if score is None and base is None and not row[f"{dimension}_valid"] and row[f"{dimension}_refusal"] is None:
+                continue  # the dimension was not evaluated
+            change = _minus(row[f"{dimension}_refusal"], dense[f"{dimension}_refusal"])
+            spread = st.seed_spread([self.rows[k][dimension] for k in self.seeds(key)], BAND)
+            e = Effect(
+                key, dimension, score, base, _minus(score, base), refusal_change=change, valid=bool(row[f"{dimension}_valid"])
+            )
+            if spread:
+                e = _with(e, seed_sd=spread.sd, seed_unstable=spread.unstable)
+            paired = items.paired(dimension, key, dense["key"]) if e.delta is not None else None
+            if paired is not None and len(paired.effects_G) >= 2:
+                self.contributions[key, dimension] = paired.effects_G
+                e = _with(
+                    e, basis="items", n=len(paired.effects_G), test=paired.test, p=paired.p, transitions=paired.transitions
+                )
+                columns.append(paired.effects_G)
+                at.append(len(out))
+            elif spread and base is not None:
+                e = _with(e, basis="seeds", n=spread.n, low=spread.low - base, high=spread.high - base)
+            out.append(e)
+        for i, tested in zip(at, _bootstrap(columns), strict=True):
+            e, d = out[i], columns[at.index(i)]
+            sd = float(d.std(ddof=1))
+            out[i] = _with(
+                e,
+                low=_finite(max(tested.low, -100.0)),
+                high=_finite(min(tested.high, 100.0)),
+                p=e.p if e.test == "mcnemar" else tested.p,
+                p_equivalent=st.tost(d, BAND),
+                drop_upper=_finite(min(100.0, st.upper_bound(-d, 0.95))),
+                mde=_finite(st.minimum_detectable_effect(sd, len(d))),
+            )
+        return out
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [clean(asdict(e)) for e in self.all]
+
+
+def _bootstrap(columns: Sequence[np.ndarray]) -> list[st.Paired]:
+    """Paired bootstrap of many columns, those over equally many clusters in one go."""
+    out: list[st.Paired | None] = [None] * len(columns)
+    for g in sorted({len(c) for c in columns}):
+        at = [i for i, c in enumerate(columns) if len(c) == g]
+        for i, r in zip(at, st.paired_bootstrap(np.stack([columns[i] for i in at], axis=1)), strict=True):
+            out[i] = r
+    return [r for r in out if r is not None]
+
+
+# -- items ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _PairedItems:
+    effects_G: np.ndarray
+    test: str
+    p: float | None
+    transitions: Mapping[str, int]
+
+
+class ItemScores:
+    """Items of some cells, reduced to the parts that each dimension's formula averages."""
+
+    def __init__(self, results: Results, keys: Iterable[str], dimensions: Sequence[str] = DIMENSIONS) -> None:
+        self._items: dict[tuple[str, str], list[Row]] = {}
+        self._parts: dict[tuple[str, str], Parts | None] = {}
+        targets: dict[str, Any] = {}
+        table = results.sql(
+            "select key, dimension, scenario, item, sample, cluster, target, outcome, score from items"
+            " where key in (select unnest(?::varchar[])) and dimension in (select unnest(?::varchar[]))"
+            " order by key, dimension, item, sample",
+            [sorted(set(keys)), list(dimensions)],
+        )
+        for row in table.to_pylist():
+            text = row["target"] or "{}"
+            if text not in targets:
+                targets[text] = json.loads(text)
+            row["target"] = targets[text]
+            self._items.setdefault((row["key"], row["dimension"]), []).append(row)
+
+    def parts(self, dimension: str, key: str) -> Parts | None:
+        at = (key, dimension)
+        if at not in self._parts:
+            rows = self._items.get(at)
+            self._parts[at] = _parts(dimension, rows) if rows else None
+        return self._parts[at]
+
+    def paired(self, dimension: str, key: str, dense_key: str) -> _PairedItems | None:
+        cell, dense = self.parts(dimension, key), self.parts(dimension, dense_key)
+        if cell is None or dense is None:
+            return None
+        clusters = sorted(set(cell.clusters) & set(dense.clusters), key=str)
+        if not clusters:
+            return None
+        a, b = cell.pseudo(clusters), dense.pseudo(clusters)
+        if a is None or b is None:
+            return None
+        outcomes = [{(r["item"], r["sample"]): r["outcome"] for r in self._items[k, dimension]} for k in (dense_key, key)]
+        p, test = None, "bootstrap"
+        if cell.once and dense.once:
+            x, y = dense.once, cell.once
+            lost = sum(x[c] > y[c] for c in clusters)
+            p, test = st.mcnemar(lost, sum(x[c] < y[c] for c in clusters)), "mcnemar"
+        return _PairedItems(a - b, test, p, st.transitions(outcomes[0], outcomes[1]))
+
+
+class Parts:
+    """``cells``: name -> (cluster, value) of the answers that the formula averages there; ``combine``: their means ->
+    points."""
+
+    def __init__(self, cells: Mapping[Hashable, Sequence[tuple[Hashable, float]]], combine: Callable) -> None:
+        self.cells = {name: list(pairs) for name, pairs in cells.items() if len(pairs)}
+        self.combine = combine
+        self.clusters = list(dict.fromkeys(c for pairs in self.cells.values() for c, _ in pairs))
+        values = [(c, v) for pairs in self.cells.values() for c, v in pairs]
+        binary = all(v in (0.0, 1.0) for _, v in values)
+        #: cluster -> value where each prompt was asked once with a binary answer (McNemar applies), else None
+        self.once = dict(values) if binary and len(values) == len(self.clusters) else None
+
+    def pseudo(self, clusters: Sequence[Hashable]) -> np.ndarray | None:
+        """Jackknife pseudo-values of the score over ``clusters``, centred on the score itself; None if there is no score."""
+        g, at = len(clusters), {c: i for i, c in enumerate(clusters)}
+        left, whole = {}, {}
+        for name, pairs in self.cells.items():
+            known = [(at[c], v) for c, v in pairs if c in at]
+            if not known:
+                continue
+            index, values = np.array([i for i, _ in known]), np.array([v for _, v in known], float)
+            total = values.sum() - np.bincount(index, values, g)
+            count = len(values) - np.bincount(index, minlength=g)
+            left[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+            whole[name] = values.mean(keepdims=True)
+        if not whole:
+            return None
+        score = float(self.combine(whole)[0])
+        if math.isnan(score):
+            return None
+        without = np.asarray(self.combine(left), float)
+        pseudo = np.where(np.isnan(without), score, g * score - (g - 1) * without)
+        return pseudo + (score - pseudo.mean())
+
+
+def _parts(dimension: str, rows: Sequence[Row]) -> Parts | None:
+    from ..actors.evaluate import TASKS
+
+    parts = TASKS[dimension].parts(rows)
+    return Parts(*parts) if parts[0] else None
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _with(effect: Effect, **changes: Any) -> Effect:
+    from dataclasses import replace
+
+    return replace(effect, **changes)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def clean(value: Any) -> Any:
+    """JSON without NaN or infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+#: What names a cell but does not configure it.
+_NAMES = ("seed", "name", "source", "published", "mislabelled")
+
+
+def config_of(row: Row) -> str:
+    """Everything that configures a cell but its seed: equal for calibration seeds of one configuration."""
+    params = row.get("_params") or json.loads(row["params"] or "{}")
+    calibration = json.loads(row["calibration"] or "{}") if isinstance(row["calibration"], str) else {}
+    fields = ("model", "revision", "dtype", "evaluation", "method", "bits", "group_size", "sparsity", "pattern", "backend",
+              "samples", "seqlen", "template")  # fmt: skip
+    return canonical(
+        {
+            **{f: row[f] for f in fields},
+            "params": {k: v for k, v in params.items() if k not in _NAMES},
+            "calibration": {k: v for k, v in calibration.items() if k != "seed"},
+        }
+    )
+
+
+def label(row: Row) -> str:
+    """Short name of a cell: method, rate, seed."""
+    params = {k: row[k] for k in ("bits", "group_size", "pattern", "sparsity") if row[k] is not None}
+    if row["method"] in (*PRUNED, "dense"):
+        params.pop("bits", None)  # published pruned rows carry a nominal 8
+    name = Cell.model_construct(method=row["method"], params=params).label
+    return f"{name} s{row['seed']}" if row["seed"] is not None else name
+
+
+def short(key: str) -> str:
+    return key[:8]
+
+
+def rate(row: Row) -> str:
+    """The rate group of claims and plots: ``8-bit``, ``4-bit``, ``3-bit``, ``2:4``, ``50%``, ``dense``."""
+    if row["method"] == "dense":
+        return "dense"
+    if row["method"] in QUANTISED and row["bits"]:
+        return f"{row['bits']}-bit"
+    if row["method"] in ("llm_int8",):
+        return "8-bit"
+    if row["method"] in ("nf4", "fp4"):
+        return "4-bit"
+    if row["pattern"] and ":" in row["pattern"]:
+        return row["pattern"]
+    return f"{row['sparsity']:.0%}" if row["sparsity"] else row["method"]
+
+
+def answered(outcome: str) -> bool:
+    return outcome in (Outcome.CORRECT, Outcome.WRONG, Outcome.SCORED)
+
+
+def evaluated(rows: Iterable[Row]) -> list[Row]:
+    """Rows that carry any dimension or utility at all."""
+    return [r for r in rows if any(r[c] is not None for c in (*DIMENSIONS, "mmlu", "perplexity"))]
