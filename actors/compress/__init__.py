@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from . import bitsandbytes_, engine, gptq, magnitude, rtn, sparsegpt, wanda
+from . import awq, bitsandbytes_, engine, gblm, gptq, magnitude, rtn, smoothquant, sparsegpt, wanda
 from .base import Compressed, MethodConfig, MethodSpec, Progress, StoredLinear
 from .structure import decoder_blocks, linears_of
 
@@ -45,6 +45,11 @@ METHODS: dict[str, MethodSpec] = {
         MethodSpec(
             "gptq", gptq.GptqConfig, True, solve=gptq.solve, statistics=lambda c: {"gram"}, min_tokens=_as_many_as_inputs,
         ),
+        MethodSpec("awq", awq.AwqConfig, True, solve=awq.solve, statistics=lambda c: {"gram", "mean_abs"}, folds=True),
+        MethodSpec(
+            "smoothquant", smoothquant.SmoothQuantConfig, True, solve=smoothquant.solve, statistics=lambda c: {"max_abs"},
+            folds=True, replace=smoothquant.replace, format="w8a8",
+        ),
         MethodSpec("llm_int8", bitsandbytes_.LlmInt8Config, backend="bitsandbytes", replace=bitsandbytes_.int8),
         MethodSpec("nf4", bitsandbytes_.FourBitConfig, backend="bitsandbytes", replace=bitsandbytes_.nf4),
         MethodSpec("fp4", bitsandbytes_.FourBitConfig, backend="bitsandbytes", replace=bitsandbytes_.fp4),
@@ -54,6 +59,7 @@ METHODS: dict[str, MethodSpec] = {
             "sparsegpt", sparsegpt.SparseGptConfig, True, solve=sparsegpt.solve, statistics=lambda c: {"gram"},
             min_tokens=_as_many_as_inputs,
         ),
+        MethodSpec("gblm", gblm.GblmConfig, True, solve=gblm.solve, statistics=lambda c: {"norm"}, prepare=gblm.prepare),
     )
 }  # fmt: skip
 

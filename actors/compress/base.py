@@ -222,20 +222,22 @@ class Compressed:
     seconds: float = 0.0
 
 
-def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, nonzero: int) -> int:
-    """Bytes of the values of one linear in its packed form, with masks or indices, without scales.
+def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, nonzero: int, quantised: bool = False) -> int:
+    """Bytes of the values of one linear as `comptrust.kernels.formats` packs them, with masks or indices, without scales.
 
-    N:M keeps N slots of every M and one bit a position (2:4: two 2-bit indices a group; others a mask); unstructured keeps
-    the non-zeros and a bitmap, or stays dense where that is smaller.
+    2:4 (and 1:2, which is a case of it): half the values and two 2-bit positions a group of 4; 4:8 and 8:16: half the values and
+    4-bit positions; anything else: the non-zeros, a bitmap and row offsets, or dense where that is smaller. Pruned weights that
+    are quantised as well pack only as 2:4 with 4 bit; elsewhere every position costs its ``bits``.
     """
-    positions = shape[0] * shape[1]
-    if pattern is None:
-        total = positions * bits
-    elif nm := parse_pattern(pattern):
-        total = positions * nm[0] / nm[1] * bits + positions
-    else:
-        total = min(nonzero * bits + positions, positions * bits)
-    return math.ceil(total / 32) * 4
+    O, I = shape
+    dense = math.ceil(O * I * bits / 32) * 4
+    if pattern in ("1:2", "2:4") and (bits == 4 or not quantised):
+        return math.ceil(O * I / 2 * bits / 32) * 4 + 4 * O * math.ceil(I / 32)
+    if pattern is None or quantised:
+        return dense
+    if pattern in ("4:8", "8:16"):
+        return math.ceil(O * I / 2 * bits / 8) + 4 * O * math.ceil(I / 16)
+    return min(dense, math.ceil(nonzero * bits / 8) + 4 * O * math.ceil(I / 32) + 4 * (O + 1))
 
 
 def element_bytes(tensor: Tensor) -> int:

@@ -33,7 +33,7 @@ from .base import (
 )
 from .grid import half_exact
 from .statistics import Statistics
-from .structure import Group, Stop, Walk, apply_fold, clone, decoder_blocks, discover, linears_of, record
+from .structure import Group, Stop, Walk, apply_fold, clone, decoder_blocks, discover, linears_of, on_device, record, to_device
 
 #: Calibration activations of one block held at once; a constant, so that a rerun on the same machine splits the same way.
 CPU_BUDGET = 4 * 2**30
@@ -121,10 +121,10 @@ def run(
             shared: dict[Any, Statistics] = {}
             moved: dict[int, nn.Parameter] = {}
             for cell in active:
-                with cell.clock(), _on_device(cell.blocks[b], device, moved):
+                with cell.clock(), on_device(cell.blocks[b], device, moved):
                     name = f"{prefix}.{b}."
                     if cell.calibrated:
-                        kwargs = [_to(a[b], device) for a in arguments]
+                        kwargs = [to_device(a[b], device) for a in arguments]
                         _calibrated_block(cell, b, name, walk, kwargs, shared if b == 0 else {}, device)
                     else:
                         _weights_only_block(cell, cell.blocks[b], name)
@@ -173,52 +173,6 @@ def _chunk_rows(block: nn.Module, tokens: Tensor, device: torch.device, chunk_to
         budget = CPU_BUDGET if device.type == "cpu" else GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
         chunk_tokens = int(budget // a_token)
     return max(1, chunk_tokens // tokens.shape[1])
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_to(v, device) for v in value)
-    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-@contextmanager
-def _on_device(block: nn.Module, device: torch.device, moved: dict[int, nn.Parameter]) -> Iterator[None]:
-    """Hold ``block`` on ``device``; afterwards untouched parameters are the originals again and new ones are where those were.
-
-    ``moved`` maps original to copy, so that cells of one pass share the copy.
-    """
-    home = next(block.parameters()).device
-    if home == device:
-        yield
-        return
-    originals: dict[int, nn.Parameter] = {}
-    buffers = [(m, n, t) for m in block.modules() for n, t in m._buffers.items() if t is not None]
-    for module in block.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                if id(p) not in moved:
-                    moved[id(p)] = nn.Parameter(p.to(device), requires_grad=False)
-                originals[id(moved[id(p)])] = p
-                module._parameters[name] = moved[id(p)]
-    for module, name, t in buffers:
-        module._buffers[name] = t.to(device)
-    try:
-        yield
-    finally:
-        for module in block.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = originals[id(p)] if id(p) in originals else _moved_back(p, home)
-        for module, name, t in buffers:
-            if name in module._buffers:
-                module._buffers[name] = t
-
-
-def _moved_back(p: nn.Parameter, home: torch.device) -> nn.Parameter:
-    # bitsandbytes parameters carry their quantisation state and know how to move it
-    return p.to(home) if type(p) is not nn.Parameter else nn.Parameter(p.to(home), requires_grad=False)
 
 
 def _weights_only_block(cell: _Cell, block: nn.Module, prefix: str) -> None:
@@ -392,12 +346,12 @@ def _put(
     bits = getattr(config, "bits", None)
     value_bits = bits or 8 * linear.weight.element_size()
     nonzero = int(torch.count_nonzero(linear.weight)) if pruned else W_OI.numel()
-    size = packed_bytes(W_OI.shape, bits=value_bits, pattern=pruned, nonzero=nonzero)
+    size = packed_bytes(W_OI.shape, bits=value_bits, pattern=pruned, nonzero=nonzero, quantised=solution.codes is not None)
     codes = scale = zero = None
     if solution.codes is not None:
         codes, scale = solution.codes[rows], solution.scale[rows]
         zero = None if solution.zero is None else solution.zero[rows]
-        size += 2 * scale.numel() + (0 if zero is None else -(-zero.numel() * bits // 8))
+        size += 2 * scale.numel() + (0 if zero is None else zero.numel())
         size += 0 if solution.group_index is None else element_bytes(solution.group_index)
     stored = StoredLinear(
         name, tuple(W_OI.shape), value_bits, codes, scale, zero,

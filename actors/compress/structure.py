@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,53 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it on ``device``; tuples, lists and dicts are walked."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(v, device) for v in value)
+    return {k: to_device(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@contextmanager
+def on_device(block: nn.Module, device: torch.device, moved: dict[int, nn.Parameter]) -> Iterator[None]:
+    """Hold ``block`` on ``device``; afterwards untouched parameters are the originals again and new ones are where those were.
+
+    ``moved`` maps original to copy, so that cells of one pass share the copy.
+    """
+    home = next(block.parameters()).device
+    if home == device:
+        yield
+        return
+    originals: dict[int, nn.Parameter] = {}
+    buffers = [(m, n, t) for m in block.modules() for n, t in m._buffers.items() if t is not None]
+    for module in block.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in moved:
+                    moved[id(p)] = nn.Parameter(p.to(device), requires_grad=False)
+                originals[id(moved[id(p)])] = p
+                module._parameters[name] = moved[id(p)]
+    for module, name, t in buffers:
+        module._buffers[name] = t.to(device)
+    try:
+        yield
+    finally:
+        for module in block.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = originals[id(p)] if id(p) in originals else _moved_back(p, home)
+        for module, name, t in buffers:
+            if name in module._buffers:
+                module._buffers[name] = t
+
+
+def _moved_back(p: nn.Parameter, home: torch.device) -> nn.Parameter:
+    # bitsandbytes parameters carry their quantisation state and know how to move it
+    return p.to(home) if type(p) is not nn.Parameter else nn.Parameter(p.to(home), requires_grad=False)
 
 
 class Stop(Exception):

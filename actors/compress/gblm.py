@@ -1,0 +1,106 @@
+"""GBLM-Pruner: Wanda's score plus the size of the loss gradient of each weight.
+
+Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902, equation 4 with
+the l2 norm of the gradients over samples, as their code has it: |w| * (||X_i||_2 / sqrt(n) + scale * ||G||_2), n sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from .base import Inputs, Progress, PruningConfig, Solution, parse_pattern
+from .structure import clone, decoder_blocks, linears_of, on_device, record, to_device
+from .wanda import prune
+
+
+class GblmConfig(PruningConfig):
+    gradient_scale: float = Field(default=100.0, ge=0, description="weight of the gradient term; 0 is Wanda")
+
+
+class Gradients:
+    """||dL/dw||_2 over the calibration sequences, for every linear: [O, I] float32, on the model's device."""
+
+    def __init__(self, norms: dict[str, Tensor], samples: int) -> None:
+        self.norms, self.samples = norms, samples
+
+
+def prepare(
+    model: nn.Module, linears: dict[str, nn.Linear], config: GblmConfig, *, tokens: Tensor, device: torch.device,
+    progress: Progress | None = None,
+) -> Gradients:  # fmt: skip
+    """Gradients of the mean next-token loss of each sequence, block by block from the top: one block's activations at a time.
+
+    Weights need no gradient of their own: that of a linear for one sequence is dY' X, formed where dY arrives.
+    """
+    shell = clone(model).eval().requires_grad_(False)
+    prefix, blocks = decoder_blocks(shell)
+    tokens = tokens.to(next(shell.parameters()).device)
+    home = tokens.device
+    hidden: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]  # input of each block, by sequence
+    with torch.no_grad():
+        arguments = []
+        for row in tokens.split(1):
+            first, kwargs = record(shell, blocks, row)
+            hidden[0].append(first)
+            arguments = kwargs
+        for b, block in enumerate(blocks):
+            with on_device(block, device, {}):
+                hidden[b + 1] = [block(h.to(device), **to_device(arguments[b], device)).to(home) for h in hidden[b]]
+            if progress:
+                progress("gradients", b + 1, 2 * len(blocks))
+    grads = [_loss_gradient(shell, blocks, row, h) for row, h in zip(tokens.split(1), hidden.pop(), strict=True)]
+    norms: dict[str, Tensor] = {}
+    for b in reversed(range(len(blocks))):
+        block, squares = blocks[b], {}
+        hooks = [
+            m.register_forward_hook(_gather(squares, n)) for n, m in linears_of(block).items() if f"{prefix}.{b}.{n}" in linears
+        ]
+        with on_device(block, device, {}):
+            for i, h in enumerate(hidden.pop()):
+                leaf = h.to(device).detach().requires_grad_(True)
+                (grad,) = torch.autograd.grad(block(leaf, **to_device(arguments[b], device)), leaf, grads[i].to(device))
+                grads[i] = grad.to(home)
+        for hook in hooks:
+            hook.remove()
+        norms |= {f"{prefix}.{b}.{n}": s.sqrt_().to(home) for n, s in squares.items()}
+        if progress:
+            progress("gradients", 2 * len(blocks) - b, 2 * len(blocks))
+    return Gradients(norms, len(tokens))
+
+
+def _loss_gradient(shell: nn.Module, blocks: nn.ModuleList, row: Tensor, top: Tensor) -> Tensor:
+    """d loss / d (output of the last block), for one sequence."""
+    leaf = top.detach().requires_grad_(True)
+    try:
+        for block in blocks:
+            block.forward = lambda hidden, **_: hidden
+        blocks[-1].forward = lambda hidden, **_: leaf
+        logits = shell(input_ids=row, use_cache=False).logits
+    finally:
+        for block in blocks:
+            del block.forward
+    loss = F.cross_entropy(logits[0, :-1].float(), row[0, 1:])
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def _gather(squares: dict[str, Tensor], name: str):
+    def after(_: nn.Module, args: tuple, out: Tensor) -> None:
+        X_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        def arrived(dY: Tensor) -> None:
+            G_OI = dY.reshape(-1, dY.shape[-1]).T.float() @ X_TI.float()
+            squares[name] = squares[name].addcmul_(G_OI, G_OI) if name in squares else G_OI.square_()
+
+        out.register_hook(arrived)
+
+    return after
+
+
+def solve(W_OI: Tensor, inputs: Inputs, config: GblmConfig) -> Solution:
+    gradients: Gradients = inputs.context
+    G_OI = torch.cat([gradients.norms[n] for n in inputs.names]).to(W_OI.device)
+    score = W_OI.abs() * (inputs.norm / gradients.samples**0.5 + config.gradient_scale * G_OI)
+    return Solution(W_OI * prune(score, config.sparsity, parse_pattern(config.pattern)))
