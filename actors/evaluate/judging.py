@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from .protocol import Judgement, Outcome
 
@@ -78,3 +79,12 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
     if prediction is None:
         return unanswered(text)
     return Judgement(Outcome.CORRECT, 1.0) if prediction == label else Judgement(Outcome.WRONG, 0.0)
+
+
+def read_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label in the first sentence that holds any (whole words, any case); None if that holds several, or none does."""
+    words = re.compile(r"\b(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE)
+    for sentence in re.split(r"[.\n]", fold(text)):
+        if found := {m.lower() for m in words.findall(sentence)}:
+            return next(label for label in labels if label.lower() in found) if len(found) == 1 else None
+    return None

@@ -57,8 +57,8 @@ class Item:
 
 class Judgement(NamedTuple):
     outcome: Outcome
-    #: Higher is better in every dimension: 1 or 0 for correct or wrong, a number in [0, 1] for graded answers (1 - toxicity, 1 for
-    #: no leak, 1 for no agreement), None where there is no answer to grade.
+    #: Higher is better in every dimension: 1 or 0 for correct or wrong, a number in [0, 1] for graded (1 - toxicity, 1 for
+    #: no leak or no agreement), None where there is no answer to grade.
     score: float | None
 
 
