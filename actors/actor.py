@@ -154,6 +154,7 @@ class Worker:
 
         if self.plan.digest != cell.evaluation:
             raise CellError(f"evaluation data here has digest {self.plan.digest}, the sweep was planned with {cell.evaluation}")
+        assert self.prepared is not None
         _, compressed, compress_s = self.prepared
         start = time.perf_counter()
         dense = cell.method == "dense"
@@ -162,6 +163,7 @@ class Worker:
             self.tokenizer,
             self.plan,
             reference=None if dense else self._reference(cell),
+            dense=dense,
             done=self.record.partials(cell.key),
             on_task=lambda task, rows: self.record.put_partial(cell.key, task, rows),
             progress=self.progress,

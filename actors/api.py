@@ -86,8 +86,8 @@ def evaluate(
     from . import models
     from .evaluate.config import EvaluationConfig
     from .evaluate.data import load_pack
+    from .evaluate.run import check_evaluation, plan_evaluation
     from .evaluate.run import evaluate as run
-    from .evaluate.run import plan_evaluation
 
     try:
         config = EvaluationConfig(**dict(evaluation or {}))
@@ -97,6 +97,6 @@ def evaluate(
         raise BadInput(f"{first['msg'].removeprefix('Value error, ')} (got {first['input']!r})", where=where) from None
     ref = models.resolve(model)
     plan = plan_evaluation(config, load_pack())
-    plan.check_tokenizer(models.load_tokenizer(ref), "model")
+    check_evaluation(config, models.load_tokenizer(ref))
     loaded, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
     return [m._asdict() for m in run(loaded, tokenizer, plan, progress=progress).metrics]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,7 +45,7 @@ class Cell(BaseModel):
     suite: str = Field(default="smoke", description="smoke, standard or full, for people; `evaluation` is identity")
     evaluation: str = Field(default="", description="digest of evaluated item ids, prompts, decoding, samples and data pack")
 
-    @cached_property
+    @property
     def artifact_key(self) -> str:
         """Names the compressed weights: equal keys, equal weights."""
         return digest(
@@ -61,7 +60,7 @@ class Cell(BaseModel):
             }
         )
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Names the cell in the record, in W&B and for resume: artefact and evaluation."""
         return digest({"artifact": self.artifact_key, "evaluation": self.evaluation})

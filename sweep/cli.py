@@ -45,7 +45,8 @@ FormatOpt = Annotated[TextFormat, typer.Option("--format", help="json prints JSO
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    return console if console.is_terminal else Console(width=160)  # a pipe has no width: don't fold tables to 80
 
 
 def _json(value: Any) -> None:
@@ -133,13 +134,14 @@ def pareto(
 
     if not (min or max):
         raise BadInput("no objective", where="--min/--max", fix="Give at least one, e.g. --min size_bytes --max trust.")
-    answer = find(load_results(results), minimise=min or [], maximise=max or [], where=where, probability=probability)
+    opened = load_results(results)
+    answer = find(opened, minimise=min or [], maximise=max or [], where=where, probability=probability)
     if format is Format.json:
         _json(answer.to_json())
     elif format is Format.csv:
         _csv(answer.to_json()["rows"])
     else:
-        render_frontier(answer, _console())
+        render_frontier(answer, opened, _console())
 
 
 @app.command()

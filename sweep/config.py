@@ -111,6 +111,7 @@ class SweepConfig(_Frozen):
     calibration: CalibrationAxes = Field(default_factory=CalibrationAxes)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     resources: Resources = Field(default_factory=Resources)
+    absent: tuple[str, ...] = Field(default=(), description="measurements of a reproduced study that this sweep does not make; `plan` lists them")
     results: str = Field(default="", description="folder, s3://... or gs://...; default: results/<name>")
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     execution: Literal["auto", "kernel", "simulated"] = Field(

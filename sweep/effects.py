@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -58,6 +59,10 @@ class Effect:
     def significant(self) -> bool:
         return self.p_holm is not None and self.p_holm < 0.05
 
+    def drop_shown(self, limit: float) -> bool:
+        """The 95% interval lies below ``-limit`` whole: the drop is beyond it, not only estimated there."""
+        return self.high is not None and self.basis == "items" and self.high < -limit
+
 
 class Effects:
     """Rows of view ``results`` by key, and the effects of the compressed ones. Build it once and hand it on."""
@@ -72,7 +77,8 @@ class Effects:
         self.configs: dict[str, list[str]] = {}
         for key, row in self.rows.items():
             self.configs.setdefault(config_of(row), []).append(key)
-        self.contributions: dict[tuple[str, str], np.ndarray] = {}
+        self.contributions: dict[tuple[str, str], np.ndarray] = {}  # paired effects by cluster, points
+        self._intervals: dict[str, dict[str, tuple[float, float]]] | None = None
         self._build()
 
     # -- lookups ------------------------------------------------------------------------------------------------------
@@ -90,6 +96,17 @@ class Effects:
         for row in self.rows.values():
             out.setdefault((row["model"], row["suite"]), []).append(row)
         return dict(sorted(out.items()))
+
+    def intervals(self, key: str) -> dict[str, tuple[float, float]]:
+        """95% interval of each dimension's own score, as stored with the metric; absent for published tables."""
+        if self._intervals is None:
+            self._intervals = {}
+            for r in self.results.rows(
+                "select key, dimension, ci_low, ci_high from metrics where convention = 'comptrust' and scenario = ''"
+                " and metric = 'score' and ci_low is not null and ci_high is not null"
+            ):
+                self._intervals.setdefault(r["key"], {})[r["dimension"]] = (r["ci_low"], r["ci_high"])
+        return self._intervals.get(key, {})
 
     def seeds(self, key: str) -> list[str]:
         """Cells that differ from this one in the calibration seed alone, itself included."""
@@ -309,6 +326,14 @@ def config_of(row: Row) -> str:
             "calibration": {k: v for k, v in calibration.items() if k != "seed"},
         }
     )
+
+
+_SIZE = re.compile(r"(?<![a-z\d.])\d+(?:\.\d+)?[bm](?![a-z])", re.I)
+
+
+def family(model: str) -> str:
+    """Model name without its size and revision: ``LLAMA2 13b Chat`` and ``LLAMA2 7b Chat`` are one family."""
+    return " ".join(_SIZE.sub("", model.split("@")[0].replace("_", " ")).lower().split())
 
 
 def label(row: Row) -> str:

@@ -182,10 +182,9 @@ def select_table(results: Results, columns: Sequence[str] | None, where: str | N
         joins = []
         for i, name in enumerate(extra):
             dimension, metric = _metric(results, name, known)
-            joins.append(  # noqa: S608
-                f"left join (select key, max(value) as {_column(name)} from metrics where convention = 'comptrust' and scenario = ''"
-                f" and dimension = '{_quote(dimension)}' and metric = '{_quote(metric)}' group by key) m{i} using (key)"
-            )
+            value = f"select key, max(value) as {_column(name)} from metrics where convention = 'comptrust' and scenario = ''"  # noqa: S608
+            fits = f"dimension = '{_quote(dimension)}' and metric = '{_quote(metric)}'"
+            joins.append(f"left join ({value} and {fits} group by key) m{i} using (key)")
         source = f"(select * from results {' '.join(joins)})"  # noqa: S608 - names come from the record, quoted
     chosen = "*" if columns is None else ", ".join(map(_column, columns))
     query = f"select {chosen} from {source}"  # noqa: S608 - names are checked above, the condition is the user's own SQL
@@ -296,16 +295,10 @@ def _hypervolume(values: np.ndarray, on: np.ndarray, up: Sequence[bool]) -> floa
 # -- the smaller dense model --------------------------------------------------------------------------------------------
 
 
-_SIZE = re.compile(r"(?<![a-z\d.])\d+(?:\.\d+)?[bm](?![a-z])", re.I)
-
-
-def family(model: str) -> str:
-    """Model name without its size and revision: ``LLAMA2 13b Chat`` and ``LLAMA2 7b Chat`` are one family."""
-    return " ".join(_SIZE.sub("", model.split("@")[0].replace("_", " ")).lower().split())
-
-
 def smaller_dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Compressed cell -> the largest dense cell of its family with fewer parameters than its own model, same evaluation."""
+    from .effects import family
+
     dense = [r for r in rows if r["method"] == "dense" and r["parameters"]]
     out = {}
     for row in rows:

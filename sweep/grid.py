@@ -95,13 +95,14 @@ def _expand_model(
     config: SweepConfig, index: int, model: ModelConfig, blocks: list[tuple[MethodConfig, list[dict[str, Any]]]], grid: Grid
 ) -> None:
     from ..actors import compress, models
+    from ..actors.evaluate.run import check_evaluation
 
     where = f"models[{index}].id"
     ref = models.resolve(model.id, where=where)
     tokenizer = models.load_tokenizer(ref)
     hf_config = models.load_config(ref)
     dtype = model.dtype or default_dtype()
-    grid.plan.check_tokenizer(tokenizer, where)
+    check_evaluation(config.evaluation, tokenizer)
     base = {
         "model": model.id,
         "revision": ref.revision,

@@ -18,6 +18,7 @@ PASSES = {
     "awq": 4, "gblm": 6,
 }  # fmt: skip
 DECODE_BATCH = 64
+CHARS_PER_TOKEN = 4
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     from ..actors import models
 
     grid = expand(config)
+    prompt = sum(len(text) for text in grid.plan.item_texts()) / CHARS_PER_TOKEN
     record = Record(config.results)
     done = record.done()
     per_model = []
@@ -34,7 +36,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         params = parameters(models.load_config(ref))
         cells = [c for c in grid.cells if c.model == model]
         width = {"float32": 4}.get(cells[0].dtype, 2)
-        prompt, generated = grid.plan.token_estimate()
+        generated = grid.plan.new_tokens
         seconds = 0.0
         for c in cells:
             if c.key in done:
@@ -62,7 +64,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "models": per_model,
         "list": [{"key": c.key, "model": c.model, "cell": c.label, "done": c.key in done} for c in grid.cells],
         "skipped": [vars(s) for s in grid.skipped],
-        "absent": grid.plan.absent,
+        "absent": list(config.absent),
         "gpu_hours": round(hours, 2),
         "disk_gb": round(disk, 1),
     }

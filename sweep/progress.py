@@ -25,7 +25,7 @@ class View:
         self.labels: dict[str, str] = {}
         self.total = self.before = 0
         self.start: float | None = None
-        self.seen_loads = 0
+        self.shown = 0
         self._last_line = 0.0
         self._last_stage = ("", 0.0)
 
@@ -78,7 +78,8 @@ class View:
     def _finished(self, row: dict[str, Any], outcome: Any) -> None:
         self._last_line = time.monotonic()
         seconds = (row["finished_at"] - row["started_at"]).total_seconds()
-        head = f"[{outcome.done + outcome.failed}/{outcome.total}] {self.labels.get(row['key'], row['key'])}"
+        self.shown += 1
+        head = f"[{self.before + self.shown}/{outcome.total}] {self.labels.get(row['key'], row['key'])}"
         if row["status"] == "done":
             ppl = next((m["value"] for m in row.get("metrics", ()) if m["metric"] == "perplexity"), None)
             more = f" · perplexity {ppl:.2f}" if ppl is not None else ""

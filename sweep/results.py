@@ -63,7 +63,14 @@ class Results:
 
     def sql(self, query: str, params: Sequence[Any] | None = None) -> pa.Table:
         """The answer of one read-only DuckDB query; ``BadInput`` for SQL that does not run."""
-        return self._execute(query, params).to_arrow_table()
+        self._load_named(query)
+        try:
+            relation = self.db.sql(query, params=list(params) if params else None)
+            if relation is None:
+                raise BadInput("not a query: it returns no rows", where="SQL", fix="Write a SELECT; the record is read-only.")
+            return relation.to_arrow_table()
+        except duckdb.Error as e:
+            raise BadInput(str(e).strip(), where="SQL", fix="Tables: cells metrics items layers failed results.") from e
 
     def rows(self, query: str, params: Sequence[Any] | None = None) -> list[dict[str, Any]]:
         return self.sql(query, params).to_pylist()
@@ -88,16 +95,12 @@ class Results:
     @property
     def columns(self) -> list[str]:
         """Columns of the view ``results``."""
-        return [r[0] for r in self._execute("describe results").fetchall()]
+        return [r["column_name"] for r in self.rows("describe results")]
 
-    def _execute(self, query: str, params: Sequence[Any] | None = None) -> duckdb.DuckDBPyConnection:
+    def _load_named(self, query: str) -> None:
         for name in (*TABLES, "failed", "results"):
             if name in query:
                 self._load(name)
-        try:
-            return self.db.execute(query, params or [])
-        except duckdb.Error as e:
-            raise BadInput(f"{str(e).strip()}", where="SQL", fix="Tables: cells metrics items layers failed results.") from e
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -260,12 +263,12 @@ def compact(uri: str | Path) -> tuple[int, int]:
         gen = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         for name in ("layers", "items", "metrics"):
             results._load(name)
-            _write_generation(record, name, gen, results.db.execute(f"select * from {name}").to_arrow_reader(100_000))
+            _write_generation(record, name, gen, results.db.sql(f"select * from {name}").to_arrow_reader(100_000))
         results._load("results")
         wide = _wide() + (" union all by name select * from gen_wide" if old else "")
-        _write_generation(record, "wide", gen, results.db.execute(wide).to_arrow_reader(100_000))
+        _write_generation(record, "wide", gen, results.db.sql(wide).to_arrow_reader(100_000))
         results._load("cells")
-        _write_generation(record, "cells", gen, results.db.execute("select * from cells").to_arrow_reader(100_000))
+        _write_generation(record, "cells", gen, results.db.sql("select * from cells").to_arrow_reader(100_000))
         for name in (*TABLES, "wide"):
             for g in old:
                 record.delete(f"compact/{name}/{g}.parquet")

@@ -153,4 +153,4 @@ def _frontier(results: Any, console: Console) -> None:
     except BadInput as e:
         console.print(f"no frontier: {e}", markup=False)
         return
-    render_frontier(answer, console)
+    render_frontier(answer, results, console)
