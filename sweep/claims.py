@@ -779,9 +779,10 @@ def groups(bases: Sequence[_Base]) -> list[Group]:
             mmlu = [m for b, r in cells if (m := b.mmlu(r)) is not None]
             where = {"model": worst[3], "dimension": worst[1], "key": worst[2]["key"], "label": label(worst[2])}
             names = sorted({b.model for b, _ in cells})
+            change = float(np.mean(mmlu)) if mmlu else None
             out.append(
-                Group(name, f"{size} {suite}".strip(), len(cells), names, float(np.mean(down)), max(down), down.count(0), worst[0], where,
-                      float(np.mean(mmlu)) if mmlu else None)
+                Group(name, f"{size} {suite}".strip(), len(cells), names, float(np.mean(down)), max(down), down.count(0),
+                      worst[0], where, change)
             )  # fmt: skip
     return out
 
