@@ -64,6 +64,8 @@ class Packed:
     tensors: dict[str, torch.Tensor]
     group_size: int | None = None
     layout: str = "rows"
+    #: Copies in other layouts that ``matmul`` made for a kernel; ``CompressedLinear`` holds one layout only and needs none.
+    arranged: dict[str, Packed] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -138,16 +140,23 @@ def pack(
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The stored weight [O, I] in ``packed.dtype``."""
+    if packed.layout == "fragments":
+        from .layouts import restore
+
+        packed = restore(packed)
     return torch.cat([unpack_rows(packed, a, b) for a, b in row_blocks(*packed.shape)])
 
 
 def unpack_rows(packed: Packed, start: int, stop: int) -> torch.Tensor:
-    """Rows ``start`` to ``stop`` of the stored weight [stop - start, I]; layout ``rows`` only reads those rows."""
+    """Rows ``start`` to ``stop`` of the stored weight [stop - start, I]; layouts ``rows`` and ``slices`` read no others."""
     if packed.layout != "rows":
-        from .layouts import restore
+        from . import layouts
 
-        return unpack_rows(restore(packed), start, stop)
+        if packed.layout == "slices":
+            return layouts.slice_rows(packed, start // layouts.ROWS * layouts.ROWS, stop)[start % layouts.ROWS :]
+        return unpack_rows(layouts.restore(packed), start, stop)
     spec, (_, I) = _spec(packed.format), packed.shape
+    group = packed.group_size or I
     t = {k: v if k in ("values", "offsets") and packed.format == "bitmap" else v[start:stop] for k, v in packed.tensors.items()}
     if packed.format == "bitmap":
         mask_RI = unpack_fields(t["mask"], 1, I).bool()
@@ -156,14 +165,14 @@ def unpack_rows(packed: Packed, start: int, stop: int) -> torch.Tensor:
         W_RI[mask_RI] = t["values"][a:b]
         return W_RI
     if not spec.keep:
-        return dequantize(_read_codes(t, spec, I), t["scale"], t.get("zero"), spec.bits, packed.group_size, packed.dtype)
+        return dequantize(read_codes(t, spec.bits, I), t["scale"], t.get("zero"), spec.bits, group, packed.dtype)
     per, width = _slots(spec)
     index = unpack_fields(t["index"], width, t["index"].shape[1] * (32 // width))
     if not spec.bits:
         values = t["values"]
     else:
         values = dequantize(
-            _read_codes(t, spec, index.shape[1]), t["scale"], t.get("zero"), spec.bits, packed.group_size // 2, packed.dtype
+            read_codes(t, spec.bits, index.shape[1]), t["scale"], t.get("zero"), spec.bits, group // 2, packed.dtype
         )
     R, groups = index.shape[0], index.shape[1] // per
     W = torch.zeros(R, groups, per * 2, dtype=packed.dtype, device=index.device)
@@ -270,10 +279,11 @@ def _codes(W_OI, spec: Format, scale_OG, zero_OG, group: int) -> dict[str, torch
     return tensors
 
 
-def _read_codes(t: dict[str, torch.Tensor], spec: Format, columns: int) -> torch.Tensor:
-    if spec.bits == 3:
+def read_codes(t: dict[str, torch.Tensor], bits: int, columns: int) -> torch.Tensor:
+    """Codes [R, columns] of the word tensors of an integer format, int32."""
+    if bits == 3:
         return unpack_fields(t["low"], 2, columns) | unpack_fields(t["high"], 1, columns) << 2
-    return unpack_fields(t["codes"], spec.bits, columns)
+    return unpack_fields(t["codes"], bits, columns)
 
 
 def _grid_codes(W, spec: Format, scale, zero, group: int, first_row: int, index, columns: int) -> torch.Tensor:
