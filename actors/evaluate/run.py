@@ -214,6 +214,7 @@ def _perplexity(model: Any, tokenizer: Any, config: EvaluationConfig, reference:
 
 def _answer(task: PlannedTask, generator: Any, config: EvaluationConfig, report: Progress) -> list[Row]:
     """Generate and judge all answers of a task; rows in the order of its items, samples of an item together."""
+    from . import judge_many
     from .generate import Prompt
     from .template import encode
 
@@ -239,17 +240,10 @@ def _answer(task: PlannedTask, generator: Any, config: EvaluationConfig, report:
                 answers[item.id] = given[k * decoding.samples : (k + 1) * decoding.samples]
         for item, _, prompt_sha in chunk:
             rows += [_row(item, sample, prompt_sha, answer) for sample, answer in enumerate(answers[item.id])]
-    judged = _judge(task.task, rows)
+    judged = judge_many(task.task, *([r[k] for r in rows] for k in ("target", "text", "finish_reason")))
     for row, (outcome, score) in zip(rows, judged, strict=True):
         row["outcome"], row["score"] = str(outcome), score
     return rows
-
-
-def _judge(task: Any, rows: Sequence[Row]) -> list[Any]:
-    targets, texts, reasons = ([r[k] for r in rows] for k in ("target", "text", "finish_reason"))
-    if hasattr(task, "judge_many"):
-        return task.judge_many(targets, texts, reasons)
-    return [task.judge(*args) for args in zip(targets, texts, reasons, strict=True)]
 
 
 def _row(item: Item, sample: int, prompt_sha: str, answer: Any) -> Row:

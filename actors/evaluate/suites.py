@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from .protocol import SUITES, Item
@@ -12,6 +12,8 @@ from .protocol import SUITES, Item
 SIZES: dict[str, int | None] = {"smoke": 16, "standard": 160, "full": None}
 #: Samples a prompt, where a dimension samples. A maximum over samples depends on their number: the metric's name carries it.
 SAMPLES = {"smoke": 1, "standard": 5, "full": 25}
+#: Items with the same few-shot examples are taken so many at a time: their prompts share a prefix that costs more than they do.
+BLOCK = 4
 
 
 def rank(item_id: str) -> str:
@@ -22,8 +24,8 @@ def rank(item_id: str) -> str:
 def select(items: Sequence[Item], suite: str, per_dimension: int | None = None) -> list[Item]:
     """The items of ``suite`` (or the first ``per_dimension``), in their given order.
 
-    Scenarios take turns, each giving its items by ``rank``; scenarios themselves take turns by the rank of their name. A larger
-    number of items therefore always contains a smaller one.
+    Scenarios take turns, by the rank of their name. A scenario gives its items by rank, in blocks of four that share their
+    few-shot examples, those without examples first. One order for all sizes: a larger suite always contains a smaller one.
     """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}")
@@ -35,7 +37,13 @@ def select(items: Sequence[Item], suite: str, per_dimension: int | None = None) 
         strata[item.scenario].append(item)
     turns = []
     for scenario, members in strata.items():
-        members.sort(key=lambda i: rank(i.id))
-        turns += [(turn, rank(scenario), item.id) for turn, item in enumerate(members)]
+        seen: Counter[str] = Counter()
+        blocks = []
+        for item in sorted(members, key=lambda i: rank(i.id)):
+            examples = item.record.get("examples") or ()
+            group = rank(str(examples[0])) if examples else ""
+            blocks.append((seen[group] // BLOCK, group, seen[group], item.id))
+            seen[group] += 1
+        turns += [(turn, rank(scenario), item_id) for turn, (*_, item_id) in enumerate(sorted(blocks))]
     chosen = {item_id for _, _, item_id in sorted(turns)[:size]}
     return [item for item in items if item.id in chosen]
