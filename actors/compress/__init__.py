@@ -160,6 +160,8 @@ def compress_many(
         if why := config.impossible():
             raise BadInput(f"{method}: {why}", where="params")
         configs.append((spec, config))
+    if device is not None:
+        device = torch.empty(0, device=device).device  # 'cuda' and 'cuda:0' are one device
     return engine.run(model, configs, tokens, device=device, progress=progress, chunk_tokens=chunk_tokens)
 
 

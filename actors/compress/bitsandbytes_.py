@@ -34,6 +34,13 @@ class FourBitConfig(MethodConfig):
     def impossible(self) -> str | None:
         return None if self.bits == 4 else f"bitsandbytes' NF4 and FP4 have 4 bits, not {self.bits}"
 
+    def misfit(self, name: str, inputs: int) -> str | None:
+        # Blocks run along the flattened weight, but bitsandbytes 0.50's CPU kernel reads scales as if each row began a new one:
+        # where the block size does not divide a row the weights come back wrong, with no error.
+        if inputs % self.block_size:
+            return f"block size {self.block_size} does not divide the {inputs} inputs of {name}: bitsandbytes reads wrong scales there"
+        return super().misfit(name, inputs)
+
 
 def int8(linear: nn.Linear, config: LlmInt8Config) -> nn.Module:
     """``bnb.nn.Linear8bitLt`` with the weight of ``linear`` as int8 rows and one float32 scale a row, on its device."""

@@ -69,7 +69,7 @@ def run(
     cells: Sequence[tuple[MethodSpec, MethodConfig]],
     tokens: Tensor | None,
     *,
-    device: torch.device | str | None = None,
+    device: torch.device | None = None,
     progress: Progress | None = None,
     chunk_tokens: int | None = None,
 ) -> list[Compressed]:
@@ -90,12 +90,12 @@ def run(
                 raise BadInput(f"{spec.name}: {why}", where="params")
     active = [c for c in work if c.spec.name != "dense"]
     home = next(dense_blocks.parameters()).device
-    device = torch.device(device) if device is not None else home
-    with torch.inference_mode():
+    device = device if device is not None else home
+    with torch.no_grad():
         linears = dict(_named(prefix, dense_blocks))
         for cell in active:
             if cell.spec.prepare:
-                with cell.clock(), torch.inference_mode(False):
+                with cell.clock(), torch.enable_grad():
                     cell.context = cell.spec.prepare(
                         model, {n: m for n, m in linears.items() if cell.config.for_layer(n)}, cell.config,
                         tokens=tokens, device=device, progress=progress,

@@ -103,4 +103,4 @@ def solve(W_OI: Tensor, inputs: Inputs, config: GblmConfig) -> Solution:
     gradients: Gradients = inputs.context
     G_OI = torch.cat([gradients.norms[n] for n in inputs.names]).to(W_OI.device)
     score = W_OI.abs() * (inputs.norm / gradients.samples**0.5 + config.gradient_scale * G_OI)
-    return Solution(W_OI * prune(score, config.sparsity, parse_pattern(config.pattern)))
+    return Solution(W_OI.where(prune(score, config.sparsity, parse_pattern(config.pattern)), 0.0))

@@ -34,7 +34,7 @@ def solve(W_OI: Tensor, inputs: Inputs, config: MagnitudeConfig) -> Solution:
         keep = torch.cat(
             [keep_top(s.reshape(-1), int(s.numel() * config.sparsity)).view(s.shape) for s in score.split(inputs.outs)]
         )
-    return Solution(W_OI * keep)
+    return Solution(W_OI.where(keep, 0.0))
 
 
 class GlobalThreshold:

@@ -78,7 +78,7 @@ class Prune(Grid):
             self.keep[start - self.start : start - self.start + len(W_MO)] = keep_n_of_m(score.T, *self.nm).T
 
     def row(self, w_O: Tensor, i: int) -> Tensor:
-        w = w_O * self.keep[i - self.start]
+        w = w_O.where(self.keep[i - self.start], 0.0)
         return grid.dequantise(grid.quantise(w, self.scale, self.zero, self.bits), self.scale, self.zero) if self.bits else w
 
 

@@ -12,21 +12,24 @@ from ..errors import CellError
 SKETCH = 64  # random directions kept of X: enough to report layer errors, a few per cent of a Gram matrix's cost
 
 
-def clip_tokens(X_TI: Tensor, limit: float | None) -> Tensor:
-    """Rows scaled down until none has more than ``limit`` times the median row's energy.
+def clip_tokens(X_BTI: Tensor, limit: float | None) -> Tensor:
+    """Tokens of each sequence scaled down until none has more than ``limit`` times the energy of the sequence's median token.
 
     A few tokens (the first of a text above all) carry activations hundreds of times larger than the rest in some layers; left
-    alone they are most of X'X there, and damping relative to its diagonal then swamps all ordinary tokens.
+    alone they are most of X'X there, and damping relative to its diagonal then swamps all ordinary tokens. Within a sequence, so
+    that the result does not depend on how the calibration set is split into chunks.
     """
     if limit is None:
-        return X_TI
-    energy_T = X_TI.square().sum(1)
-    weight_T = (limit * energy_T.median() / energy_T.clamp_min(torch.finfo(torch.float32).tiny)).clamp_(max=1.0).sqrt_()
-    hot = weight_T < 1
-    if energy_T.median() > 0 and bool(hot.any()):
-        X_TI = X_TI.clone()
-        X_TI[hot] *= weight_T[hot, None]
-    return X_TI
+        return X_BTI
+    energy_BT = X_BTI.square().sum(-1)
+    median_B1 = energy_BT.median(-1, keepdim=True).values
+    tiny = torch.finfo(torch.float32).tiny
+    weight_BT = torch.where(median_B1 > 0, limit * median_B1 / energy_BT.clamp_min(tiny), 1.0).clamp_(max=1.0).sqrt_()
+    hot = weight_BT < 1
+    if bool(hot.any()):
+        X_BTI = X_BTI.clone()
+        X_BTI[hot] *= weight_BT[hot, None]
+    return X_BTI
 
 
 def gram(X_TI: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ class Statistics:
 
     def add(self, X: Tensor) -> None:
         """``X`` [..., I] in any float type. CellError naming the layer if it is not finite."""
-        X_TI = X.detach().reshape(-1, X.shape[-1]).float()
+        X_TI = X.detach().float().reshape(-1, X.shape[-1])
         if not bool(torch.isfinite(X_TI.sum())):
             raise CellError(f"{self.name}: its input is not finite on the calibration set")
         generator = torch.Generator().manual_seed(self.chunks)
@@ -64,7 +67,7 @@ class Statistics:
             .sub_(1)
         )
         self._sum("sketch", X_TI.T @ signs_TK)
-        X_TI = clip_tokens(X_TI, self.token_clip)
+        X_TI = clip_tokens(X_TI.view(X.shape), self.token_clip).view(X_TI.shape)
         if "gram" in self.wanted:
             self._sum("gram", gram(X_TI))
         if "norm" in self.wanted:

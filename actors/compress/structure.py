@@ -229,7 +229,7 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
                 group.fold = _find_fold(block, group, made.get(place_), forward, hidden, kwargs, out, config)
         walk.groups[key] = groups
 
-    with torch.inference_mode():
+    with torch.no_grad():
         record(model, blocks, tokens, visit)
     return walk
 

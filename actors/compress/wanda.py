@@ -21,4 +21,4 @@ def prune(score_OI: Tensor, sparsity: float, nm: tuple[int, int] | None) -> Tens
 
 
 def solve(W_OI: Tensor, inputs: Inputs, config: WandaConfig) -> Solution:
-    return Solution(W_OI * prune(W_OI.abs() * inputs.norm, config.sparsity, parse_pattern(config.pattern)))
+    return Solution(W_OI.where(prune(W_OI.abs() * inputs.norm, config.sparsity, parse_pattern(config.pattern)), 0.0))

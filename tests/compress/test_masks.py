@@ -1,0 +1,28 @@
+"""Masks, against stable sorting and against a look at every group."""
+
+from __future__ import annotations
+
+import torch
+from comptrust.actors.compress.masks import keep_n_of_m, keep_top
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 40), st.integers(1, 6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_keep_top_drops_what_a_stable_sort_drops(seed, rows, columns, levels, data):
+    drop = data.draw(st.integers(0, columns - 1))
+    score = torch.randint(0, levels, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()  # many ties
+    expected = torch.ones(rows, columns, dtype=torch.bool).scatter_(1, score.sort(dim=1, stable=True).indices[:, :drop], False)
+    assert torch.equal(keep_top(score, drop), expected)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (8, 16), (3, 6)]), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_keep_n_of_m_keeps_the_largest_of_every_group(seed, nm, levels):
+    n, m = nm
+    score = torch.randint(0, levels, (3, 4 * m), generator=torch.Generator().manual_seed(seed)).float()
+    keep = keep_n_of_m(score, n, m)
+    for row, mask in zip(score.view(-1, m).tolist(), keep.view(-1, m).tolist(), strict=True):
+        order = sorted(range(m), key=lambda i: (row[i], i))  # lowest first, of equal ones the first goes
+        assert [i for i in range(m) if mask[i]] == sorted(order[m - n :])

@@ -1,0 +1,96 @@
+"""SparseGPT, against optimal brain surgeon in float64 and against the best weights any mask could have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comptrust.actors.compress import compress
+from comptrust.actors.compress.base import Inputs, StoredLinear
+from comptrust.actors.compress.sparsegpt import SparseGptConfig, solve
+from comptrust.actors.compress.wanda import WandaConfig
+from comptrust.actors.compress.wanda import solve as wanda
+from small_models import skewed_inputs
+
+
+def problem(seed=0, rows=16, columns=64):
+    X = skewed_inputs(300, columns, seed)
+    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 9), dtype=torch.float64)
+    return X, W, X.T @ X
+
+
+def surgeon(W, H, keep_of, block):
+    """Algorithm 1 with the inverse Hessian downdated explicitly; ``keep_of(scores)`` masks a block of columns."""
+    W, H = W.clone(), H.clone()
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    inverse = torch.linalg.inv(H)
+    for i in range(W.shape[1]):
+        if i % block == 0:
+            # The diagonal each column will have once those before it are gone.
+            rest = inverse[i:, i:].clone()
+            left = []
+            for j in range(min(block, len(rest))):
+                left.append(rest[j, j].clone())
+                rest = rest - rest[:, j, None] * rest[None, j] / rest[j, j]
+            keep = keep_of(W[:, i : i + block].square() / torch.stack(left))
+        q = W[:, i] * keep[:, i % block]
+        W[:, i:] -= ((W[:, i] - q) / inverse[i, i])[:, None] * inverse[i, i:]
+        W[:, i] = q
+        inverse = inverse - inverse[:, i, None] * inverse[None, i] / inverse[i, i]
+    return W
+
+
+def test_unstructured_equals_the_surgeon():
+    X, W, H = problem()
+    keep_of = lambda s: s > s.flatten().sort().values[s.numel() // 2 - 1]
+    expected = surgeon(W, H, keep_of, block=32)
+    got = solve(W.float(), Inputs(["w"], [16], gram=H.float()), SparseGptConfig(block=32)).W_OI.double()
+    assert ((got != 0) == (expected != 0)).double().mean() > 0.995
+    assert abs(((W - got) @ X.T).norm() / ((W - expected) @ X.T).norm() - 1) < 0.01
+    assert int((got == 0).sum()) == W.numel() // 2
+
+
+def test_two_of_four_equals_the_surgeon():
+    X, W, H = problem(1)
+    keep_of = lambda s: s >= s.sort(1).values[:, 2, None]
+    expected = surgeon(W, H, keep_of, block=4)
+    config = SparseGptConfig(pattern="2:4", variant="reference")
+    got = solve(W.float(), Inputs(["w"], [16], gram=H.float()), config).W_OI.double()
+    assert ((got != 0) == (expected != 0)).double().mean() > 0.98
+    assert abs(((W - got) @ X.T).norm() / ((W - expected) @ X.T).norm() - 1) < 0.02
+
+
+@pytest.mark.parametrize("params", [{"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:8"}, {"pattern": "1:2"}])
+def test_lies_between_the_best_of_its_mask_and_pruning_without_repair(params):
+    X, W, H = problem(2)
+    inputs = Inputs(["w"], [16], gram=H.float(), norm=X.norm(dim=0).float())
+    got = solve(W.float(), inputs, SparseGptConfig(**params)).W_OI.double()
+    loss = lambda Q: float(((W - Q) @ X.T).norm())
+    best = torch.zeros_like(W)
+    for o in range(len(W)):  # dense least squares on the kept columns of each row
+        kept = got[o] != 0
+        best[o, kept] = torch.linalg.lstsq(X[:, kept], X @ W[o]).solution
+    plain = loss(wanda(W.float(), inputs, WandaConfig(**params)).W_OI.double())
+    assert loss(best) <= loss(got) < 0.8 * plain
+
+
+def test_ours_orders_groups_for_patterns_only():
+    assert SparseGptConfig(pattern="2:4").order == "group-aware" and SparseGptConfig(pattern="2:4").token_clip == 8
+    assert SparseGptConfig(sparsity=0.5).order == "none" and SparseGptConfig(sparsity=0.5).token_clip is None
+    assert SparseGptConfig(pattern="2:4", variant="reference").order == "none"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_joint_pruning_and_quantisation_obeys_both(symmetric):
+    X, W, H = problem(3)
+    config = SparseGptConfig(pattern="2:4", bits=4, group_size=16, symmetric=symmetric)
+    s = solve(W.float(), Inputs(["w"], [16], gram=H.float()), config)
+    assert ((s.W_OI.view(-1, 4) != 0).sum(1) <= 2).all()
+    stored = StoredLinear("w", (16, 64), 4, s.codes, s.scale, s.zero, group_size=16)
+    assert torch.equal(stored.dequantise(), s.W_OI)
+
+
+def test_sparse_and_quantised_model_costs_three_bits_and_scales(llama, tokens):
+    done = compress(llama, "sparsegpt", {"pattern": "2:4", "bits": 4, "group_size": 32}, tokens)
+    assert done.bits_per_weight == pytest.approx(4 / 2 + 1 + 16 / 32)
+    for name in done.stored:
+        assert ((done.model.get_submodule(name).weight.view(-1, 4) != 0).sum(1) <= 2).all()
