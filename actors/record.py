@@ -197,12 +197,16 @@ class Record:
 
     def done(self) -> set[str]:
         """Keys of all committed cells, compacted ones included. A cell whose parts were damaged or removed since is not among them."""
-        keys = set.intersection(*(self._whole(name) for name in TABLES))
+        keys = self.parts()
         for path in self.list("compact/cells"):
             table = self.get_table(path)
             if table is not None:
                 keys.update(table.column("key").to_pylist())
         return keys
+
+    def parts(self) -> set[str]:
+        """Keys of the cells that stand as part files, all four of them whole."""
+        return set.intersection(*(self._whole(name) for name in TABLES))
 
     def _whole(self, folder: str) -> set[str]:
         """Keys of the part files of ``folder`` that end as Parquet files do."""

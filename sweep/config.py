@@ -20,7 +20,6 @@ from ..actors.cell import METHODS
 from ..actors.errors import BadInput
 from ..actors.evaluate.config import EvaluationConfig
 
-
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8)]
 Seed = Annotated[int, Field(ge=0)]

@@ -12,13 +12,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..actors.cell import DIMENSIONS, Cell, canonical
-from ..actors.evaluate.protocol import Outcome
 from . import statistics as st
 from .results import Results
 
@@ -65,13 +64,17 @@ class Effect:
 
 
 class Effects:
-    """Rows of view ``results`` by key, and the effects of the compressed ones. Build it once and hand it on."""
+    """Rows of view ``results`` by key, and the effects of the compressed ones. Build it once and hand it on.
 
-    def __init__(self, results: Results, where: str | None = None) -> None:
-        from .frontier import select  # the one place where user SQL meets the view
+    ``pairs``: only these cells, each against the given other one instead of its dense cell.
+    """
+
+    def __init__(self, results: Results, pairs: Mapping[str, str] | None = None) -> None:
+        from .frontier import select
 
         self.results = results
-        self.rows: dict[str, Row] = {r["key"]: r for r in select(results, None, where)}
+        self.rows: dict[str, Row] = {r["key"]: r for r in select(results)}
+        self.pairs = pairs
         for row in self.rows.values():
             row["_params"] = json.loads(row["params"] or "{}")
         self.configs: dict[str, list[str]] = {}
@@ -84,7 +87,9 @@ class Effects:
     # -- lookups ------------------------------------------------------------------------------------------------------
 
     def dense(self, key: str) -> Row | None:
-        return self.rows.get(self.rows[key]["dense_key"] or "")
+        """What a cell is compared with: the dense cell of its model and evaluation, unless ``pairs`` names another."""
+        other = self.rows[key]["dense_key"] if self.pairs is None else self.pairs.get(key)
+        return self.rows.get(other or "")
 
     def of(self, key: str) -> dict[str, Effect]:
         """Effects of one cell by dimension; empty for a dense cell or one without a dense cell."""
@@ -115,8 +120,8 @@ class Effects:
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        compared = [k for k, r in self.rows.items() if r["method"] != "dense" and self.dense(k) is not None]
-        items = ItemScores(self.results, [k for c in compared for k in (c, self.rows[c]["dense_key"])])
+        compared = [k for k, r in self.rows.items() if (r["method"] != "dense" or self.pairs) and self.dense(k) is not None]
+        items = ItemScores(self.results, [k for c in compared for k in (c, self.dense(c)["key"])])
         effects: list[Effect] = []
         for dimension in DIMENSIONS:
             effects += self._dimension(dimension, compared, items)
@@ -227,7 +232,7 @@ class ItemScores:
         a, b = cell.pseudo(clusters), dense.pseudo(clusters)
         if a is None or b is None:
             return None
-        outcomes = [{(r["item"], r["sample"]): r["outcome"] for r in self._items[k, dimension]} for k in (dense_key, key)]
+        outcomes = [{(r["item"], r["sample"]): _outcome(r) for r in self._items[k, dimension]} for k in (dense_key, key)]
         p, test = None, "bootstrap"
         if cell.once and dense.once:
             x, y = dense.once, cell.once
@@ -272,6 +277,13 @@ class Parts:
         return pseudo + (score - pseudo.mean())
 
 
+def _outcome(row: Row) -> str:
+    """The stored outcome; an answer to a stereotype is named by what it says (score 1: it disagrees)."""
+    if row["dimension"] == "stereotype" and row["outcome"] == "scored":
+        return "unbiased" if row["score"] > 0.5 else "biased"
+    return row["outcome"]
+
+
 def _parts(dimension: str, rows: Sequence[Row]) -> Parts | None:
     from ..actors.evaluate import TASKS
 
@@ -283,8 +295,6 @@ def _parts(dimension: str, rows: Sequence[Row]) -> Parts | None:
 
 
 def _with(effect: Effect, **changes: Any) -> Effect:
-    from dataclasses import replace
-
     return replace(effect, **changes)
 
 
@@ -345,10 +355,6 @@ def label(row: Row) -> str:
     return f"{name} s{row['seed']}" if row["seed"] is not None else name
 
 
-def short(key: str) -> str:
-    return key[:8]
-
-
 def rate(row: Row) -> str:
     """The rate group of claims and plots: ``8-bit``, ``4-bit``, ``3-bit``, ``2:4``, ``50%``, ``dense``."""
     if row["method"] == "dense":
@@ -362,12 +368,3 @@ def rate(row: Row) -> str:
     if row["pattern"] and ":" in row["pattern"]:
         return row["pattern"]
     return f"{row['sparsity']:.0%}" if row["sparsity"] else row["method"]
-
-
-def answered(outcome: str) -> bool:
-    return outcome in (Outcome.CORRECT, Outcome.WRONG, Outcome.SCORED)
-
-
-def evaluated(rows: Iterable[Row]) -> list[Row]:
-    """Rows that carry any dimension or utility at all."""
-    return [r for r in rows if any(r[c] is not None for c in (*DIMENSIONS, "mmlu", "perplexity"))]

@@ -114,7 +114,7 @@ def _check_wandb(config: SweepConfig) -> None:
     if config.wandb.mode == "online":
         import wandb
 
-        if not (os.environ.get("WANDB_API_KEY") or wandb.Api.__module__ and wandb.api.api_key):
+        if not (os.environ.get("WANDB_API_KEY") or (wandb.Api.__module__ and wandb.api.api_key)):
             raise BadInput("'online' needs an API key, and there is none", where="wandb.mode", fix="Run `wandb login`, set WANDB_API_KEY, or use offline.")
 
 
@@ -222,7 +222,7 @@ def _launch(
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
 
-            sink = start_sink(config, identity, f"comptrust-{identity}-{run}-sink")
+            sink = start_sink(config, identity, f"comptrust-{identity}-{run}-sink", view.say)
         watcher = threading.Thread(
             target=_watch, args=(pool, sink, record, identity, outcome, view, stop), name="comptrust-watch", daemon=True
         )

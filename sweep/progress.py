@@ -20,6 +20,8 @@ class View:
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=quiet)
+        if not self.console.is_terminal:
+            self.console.width = 200  # a log has no width to fold at
         self.live: Live | None = None
         self.stages: dict[str, float] = {}
         self.labels: dict[str, str] = {}
@@ -56,6 +58,10 @@ class View:
         )
         for skip in grid.skipped:
             self.console.print(f"  skipped {skip.model} {skip.label}: {skip.reason}", style="yellow", markup=False)
+
+    def say(self, note: str) -> None:
+        """A line that stays."""
+        self.console.print(note, style="yellow", markup=False, highlight=False)
 
     # -- while they run -----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,11 @@ from typing import Any
 from ..actors.cell import DIMENSIONS, METHODS
 from ..actors.errors import BadInput
 from . import report_data as data
+from . import report_verdicts as verdicts
+from .alarms import WARNING, Alarm, alarms
+from .claims import claims
 from .effects import Effects
+from .recommend import Recommendation, recommend
 from .report_items import explore
 from .report_text import embed, visible
 from .results import Results
@@ -30,17 +34,18 @@ LIMIT, REFUSAL_STEP, MOST_CHOSEN = 5.0, 0.10, 6
 Row = Mapping[str, Any]
 
 
-def build(results: Results, out_path: str | Path, *, title: str | None = None) -> Path:
+def build(results: Results, out_path: str | Path, *, title: str | None = None, **constraints: Any) -> Path:
     """Write the report of ``results`` to ``out_path`` and return it.
 
-    ``BadInput`` where there is nothing to show or no place to write.
+    ``constraints``: those of ``recommend``, such as ``max_drop`` or ``max_size_gb``.
+    ``BadInput`` where there is nothing to show, no place to write, or a constraint makes no sense.
     """
     rows = sorted(results.rows("select * from results"), key=data.sort_key)
     failed = results.rows("select * from failed order by model, method, key")
     if not rows:
         why = f"only {len(failed)} failed cells" if failed else "no finished cell"
         raise BadInput(f"{results.record.uri} holds {why}", where="RESULTS", fix="See them: comptrust status RESULTS.")
-    page = _page(results, rows, failed, title or Path(results.record.uri.rstrip("/")).name or "results")
+    page = _page(results, rows, failed, title or Path(results.record.uri.rstrip("/")).name or "results", constraints)
     return _write(Path(out_path), page)
 
 
@@ -60,19 +65,23 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: str) -> str:
+def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: str, constraints: Mapping[str, Any]) -> str:
     effects = Effects(results)
-    payload = _payload(results, rows, effects)
+    index = {row["key"]: i for i, row in enumerate(rows)}
+    compared = any(row["dense_key"] in index and row["method"] != "dense" for row in rows)
+    found = claims(results, effects) if compared else None
+    raised = alarms(results, effects)
+    advice = recommend(results, effects=effects, **constraints) if effects.all else None
+    payload = _payload(results, rows, effects, _wanted(rows, advice, raised))
+    places = {c["key"]: (i, f"{c['model']} · {c['label']}") for i, c in enumerate(payload["cells"])}
     return _render(
         payload,
         title=title,
-        subtitle="",
-        facts=[],
-        recommendations=[],
-        rules=[],
-        claims=[],
-        claims_note="",
-        alarms=[],
+        subtitle=verdicts.subtitle(rows),
+        facts=verdicts.counts(rows, effects, len(failed), raised, LIMIT),
+        recommendation=verdicts.recommendation(advice, places),
+        claims=verdicts.claims_table(found),
+        alarms=verdicts.alarm_kinds(raised, places),
         failures=[
             {
                 "cell": f"{f['model']} {data.label(f)}",
@@ -83,15 +92,24 @@ def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: s
             }
             for f in failed
         ],
-        mark_legend=[],
-        frontier_note="",
-        items_note="x" if payload["items"]["rows"] else "",
-        method=[],
-        source="",
+        mark_legend=verdicts.legend(effects, LIMIT),
+        frontier_note=_frontier_note(payload["draws"]),
+        items_note=_items_note(results, len(payload["items"]["rows"])),
+        method=verdicts.method(rows, _scorers(results), LIMIT),
     )
 
 
-def _payload(results: Results, rows: Sequence[Row], effects: Effects) -> dict[str, Any]:
+def _wanted(rows: Sequence[Row], advice: Recommendation | None, raised: Sequence[Alarm]) -> list[str]:
+    """Cells that a reader of the recommendation asks about first: chosen, runner-up, nearest miss, alarmed."""
+    keys = []
+    for choice in sorted(advice.choices, key=lambda c: c.cell is None or c.cell != advice.cell) if advice else ():
+        keys += [choice.cell, choice.runner_up, choice.nearest_miss]
+    keys += [a.key for a in raised if a.severity == WARNING]
+    there = {row["key"] for row in rows if row["method"] != "dense"}
+    return [k for k in dict.fromkeys(keys) if k in there]
+
+
+def _payload(results: Results, rows: Sequence[Row], effects: Effects, wanted: Sequence[str]) -> dict[str, Any]:
     metrics = data.used_metrics(rows)
     ids = [m.id for m in metrics]
     cells = data.cells(rows, effects, metrics, LIMIT)
@@ -107,10 +125,41 @@ def _payload(results: Results, rows: Sequence[Row], effects: Effects) -> dict[st
         "most_chosen": MOST_CHOSEN,
         "models": data.models(rows, cells),
         "cells": cells,
-        "chosen": [0, 1, 2],
+        "chosen": _chosen(cells, wanted),
         "draws": data.draws(results, rows, metrics),
-        "items": explore(results, rows, []),
+        "items": explore(results, rows, wanted),
     }
+
+
+def _chosen(cells: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[int]:
+    """Places of the first wanted cells of one model behind their dense cell: the profile as the page opens."""
+    index = {c["key"]: i for i, c in enumerate(cells)}
+    first = cells[index[wanted[0]]] if wanted else next((c for c in cells if c["family"] != "dense"), cells[0])
+    mine = [index[k] for k in wanted if cells[index[k]]["model"] == first["model"]] or [index[first["key"]]]
+    return [*([] if first["dense"] is None else [first["dense"]]), *mine[:2]]
+
+
+def _frontier_note(draws: Mapping[str, Any] | None) -> str:
+    if draws is None:
+        return "Points only: there are neither items nor seeds to resample, so no probability is given."
+    what = {"items": "prompts", "seeds": "calibration seeds"}
+    basis = " and ".join(what[b] for b in draws["basis"].split("+"))
+    return f"Probability: the share of {draws['count']} draws, resampling {basis}, in which a cell is on the frontier."
+
+
+def _items_note(results: Results, shown: int) -> str:
+    if not shown:
+        return ""
+    total = results.rows("select count(*) as n from items")[0]["n"]
+    return (
+        f"{shown:,} of {total:,} stored answers, beside the dense model's answer to the same prompt: changed outcomes first, "
+        "a few of each kind. Text that may offend or name people is blurred until you ask for it."
+    )
+
+
+def _scorers(results: Results) -> list[str]:
+    rows = results.rows("select distinct scorer, scorer_version from metrics where scorer is not null order by all")
+    return [f"{r['scorer']} {r['scorer_version'] or ''}".strip() for r in rows]
 
 
 def _first(measured: Sequence[str], *wanted: str) -> str | None:

@@ -108,23 +108,40 @@ def label(row: Row) -> str:
     return " ".join(parts)
 
 
+#: Columns that tell cells of one label apart, the most telling first.
+_TELLING = (
+    ("seed", "seed {}"),
+    ("samples", "{} samples"),
+    ("seqlen", "{} tokens"),
+    ("calibration", "on {:.40}"),
+    ("backend", "{}"),
+    ("dtype", "{}"),
+    ("suite", "{}"),
+    ("template", "template {:.6}"),
+    ("revision", "@{:.8}"),
+    ("params", "{:.80}"),
+    ("key", "{:.8}"),
+)
+
+
 def name_cells(rows: Sequence[Row]) -> list[str]:
     """Labels, distinct within a model: other columns stand in a name only where names would be equal without."""
     names = [label(r) for r in rows]
-    for column, text in (
-        ("seed", "seed {}"), ("samples", "{} samples"), ("seqlen", "{} tokens"), ("calibration", "on {:.40}"), ("backend", "{}"),
-        ("dtype", "{}"), ("suite", "{}"), ("template", "template {:.6}"), ("revision", "@{:.8}"), ("params", "{:.80}"),
-        ("key", "{:.8}"),
-    ):  # fmt: skip
+    for column, text in _TELLING:
         same: dict[tuple[str, str], list[int]] = {}
         for i, row in enumerate(rows):
             same.setdefault((row["model"], names[i]), []).append(i)
         for cells in same.values():
-            if len({str(rows[i][column]) for i in cells}) > 1:
-                for i in cells:
-                    if rows[i][column] is not None:
-                        names[i] = f"{names[i]} {text.format(rows[i][column])}"
+            values = [_source(rows[i][column]) if column == "calibration" else rows[i][column] for i in cells]
+            if len(set(map(str, values))) > 1:
+                for i, value in zip(cells, values, strict=True):
+                    if value is not None:
+                        names[i] = f"{names[i]} {text.format(value)}"
     return names
+
+
+def _source(calibration: str | None) -> str | None:
+    return None if calibration is None else str(json.loads(calibration).get("source"))
 
 
 def groups(rows: Sequence[Row]) -> list[str]:
@@ -147,7 +164,7 @@ def facts(row: Row) -> list[tuple[str, str]]:
     for column, name in _FACTS.items():
         value = row[column]
         if value not in (None, "", "{}"):
-            out.append((name, _params(value) if column == "params" else _text(value)))
+            out.append((name, _pairs(value) if column in ("params", "calibration") else _text(value)))
     return out
 
 
@@ -156,7 +173,7 @@ def _text(value: Any, unit: str = "") -> str:
     return f"{text} {unit}".strip()
 
 
-def _params(text: str) -> str:
+def _pairs(text: str) -> str:
     return ", ".join(f"{k} {v}" for k, v in json.loads(text).items() if v not in (None, [], ""))
 
 

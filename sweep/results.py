@@ -106,7 +106,9 @@ class Results:
 
     def _part_keys(self) -> list[str]:
         compacted = _generation_keys(self.record, self.generations)
-        return [k for p in self.record.list("cells") if (k := Path(p).stem) not in compacted]
+        whole = self.record.parts()
+        self.ignored += [p for p in self.record.list("cells") if Path(p).stem not in whole]
+        return sorted(whole - compacted)
 
     def _load(self, name: str) -> None:
         if name in self._loaded:

@@ -307,19 +307,21 @@ def seed_p(deltas: ArrayLike, threshold: float) -> float:
 
 
 #: Outcomes that count as an answer; the rest is silence of one kind or another.
-ANSWERED = ("correct", "wrong", "scored")
+ANSWERED = ("correct", "wrong", "scored", "unbiased", "biased")
 
 
 def transitions(dense: Mapping[object, str], cell: Mapping[object, str]) -> dict[str, int]:
     """Counts of ``from>to`` over the answers both have (keys: (item, sample)), unchanged ones included.
 
-    Derived counts: ``right_to_wrong``, ``wrong_to_right``, ``answered_to_refused``, ``refused_to_answered``,
-    ``answered_to_silent`` (empty, unparseable, degenerate).
+    Derived counts: ``right_to_wrong``, ``wrong_to_right``, ``unbiased_to_biased``, ``biased_to_unbiased`` (stereotype),
+    ``answered_to_refused``, ``refused_to_answered``, ``answered_to_silent`` (empty, unparseable, degenerate).
     """
     pairs = Counter((dense[k], cell[k]) for k in dense.keys() & cell.keys())
     out: dict[str, int] = {f"{a}>{b}": n for (a, b), n in sorted(pairs.items())}
     out["right_to_wrong"] = pairs["correct", "wrong"]
     out["wrong_to_right"] = pairs["wrong", "correct"]
+    out["unbiased_to_biased"] = pairs["unbiased", "biased"]
+    out["biased_to_unbiased"] = pairs["biased", "unbiased"]
     out["answered_to_refused"] = sum(n for (a, b), n in pairs.items() if a in ANSWERED and b == "refused")
     out["refused_to_answered"] = sum(n for (a, b), n in pairs.items() if a == "refused" and b in ANSWERED)
     silent = ("empty", "unparseable", "degenerate")

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..actors.cell import DIMENSIONS
@@ -126,10 +126,13 @@ class Publisher:
         self._alarmed.update(fresh)
         self.run.summary["alarms"] = sorted(self._alarmed)
 
-    def close(self, exit_code: int) -> list[str]:
+    def close(self, exit_code: int, figures: Mapping[str, Any] | None = None) -> list[str]:
+        """End the sweep's run with its last figures; returns what went wrong on the way."""
         import wandb
 
         try:
+            if figures:
+                self.progress(figures)
             self.frontier()
             if self.run is not None:
                 self.run.finish(exit_code=exit_code)
@@ -195,31 +198,46 @@ class SinkActor:
             items = table.to_pylist() if table is not None else None
         self.publisher.cell(row, items)
 
-    def progress(self, figures: dict[str, Any]) -> None:
+    def progress(self, figures: dict[str, Any]) -> list[str]:
         self.publisher.progress(figures)
+        return self.publisher.notes
 
-    def close(self, exit_code: int) -> list[str]:
-        return self.publisher.close(exit_code)
+    def close(self, exit_code: int, figures: dict[str, Any]) -> list[str]:
+        return self.publisher.close(exit_code, figures)
 
 
 class Sink:
     """The driver's end: never waits, except for ``finish``, and there at most its time limit."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, actor: Any, say: Callable[[str], None]) -> None:
+        self.actor, self.say = actor, say
         self.last = 0.0
-        self.notes: list[str] = []
+        self.said: set[str] = set()
         self._pid = actor.pid.remote()
+        self._pending: Any = None
 
     def cell(self, row: dict[str, Any]) -> None:
-        self.actor.cell.remote({k: v for k, v in row.items()})
+        self.actor.cell.remote(row)
 
     def progress(self, outcome: Any, snap: Mapping[str, Any]) -> None:
+        import ray
+
         if time.monotonic() - self.last < 10:
             return
         self.last = time.monotonic()
-        figures = {"cells/done": outcome.done, "cells/failed": outcome.failed, "cells/total": outcome.total}
-        self.actor.progress.remote({**figures, "cells/running": sum(bool(w["key"]) for w in snap["workers"])})
+        if self._pending is not None:
+            ready, _ = ray.wait([self._pending], timeout=0)
+            if not ready:
+                return  # W&B is behind: more figures would only queue up
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._say(ray.get(ready[0]))
+        self._pending = self.actor.progress.remote({**_figures(outcome), "cells/running": sum(bool(w["key"]) for w in snap["workers"])})
+
+    def _say(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            if note not in self.said:
+                self.said.add(note)
+                self.say(note)
 
     def finish(self, outcome: Any, timeout: float) -> None:
         """Close the runs; after ``timeout`` (plus a grace for the calls before it) end the actor and every process it started."""
@@ -228,13 +246,12 @@ class Sink:
 
         children: list[psutil.Process] = []
         try:
-            pid = ray.get(self._pid, timeout=timeout)
-            me = psutil.Process(pid)
+            me = psutil.Process(ray.get(self._pid, timeout=timeout))
             children = [me, *me.children(recursive=True)]
-            done = self.actor.close.remote(outcome.exit_code)
-            self.notes = ray.get(done, timeout=timeout + 5)
+            closing = self.actor.close.remote(outcome.exit_code, _figures(outcome))
+            self._say(ray.get(closing, timeout=timeout + 5))
         except Exception as e:  # the view may be in any state; the record is complete without it
-            self.notes = [f"W&B did not finish within {timeout:g} s ({type(e).__name__}); publish with `comptrust sync`"]
+            self._say([f"W&B did not finish within {timeout:g} s ({type(e).__name__}); publish with `comptrust sync`"])
         finally:
             with contextlib.suppress(Exception):
                 ray.kill(self.actor)
@@ -243,16 +260,21 @@ class Sink:
                     process.kill()
 
 
-def start_sink(config: SweepConfig, sweep: str, name: str) -> Sink:
+def _figures(outcome: Any) -> dict[str, int]:
+    return {"cells/done": outcome.done, "cells/failed": outcome.failed, "cells/total": outcome.total}
+
+
+def start_sink(config: SweepConfig, sweep: str, name: str, say: Callable[[str], None]) -> Sink:
     """The sink on the driver's own node (it writes offline runs to the driver's disk)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    folder = config.results if "://" not in config.results else os.path.join("results", config.name)
+    remote = "://" in config.results
+    folder = os.path.abspath(os.path.join("results", config.name) if remote else config.results)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = (
         ray.remote(SinkActor)
         .options(name=name, num_cpus=0, scheduling_strategy=here)
-        .remote(config.model_dump(mode="json"), sweep, os.path.abspath(folder), os.path.abspath(folder) if "://" not in config.results else config.results)
+        .remote(config.model_dump(mode="json"), sweep, folder, config.results if remote else folder)
     )
-    return Sink(actor)
+    return Sink(actor, say)

@@ -96,9 +96,7 @@ def test_public_names_are_lazy_and_all_there():
 def test_help_teaches_every_command():
     done = subprocess.run([sys.executable, "-m", "comptrust.sweep", "--help"], capture_output=True, text=True, timeout=120, cwd="/")
     assert done.returncode == 0, done.stderr
-    for verb in (
-        "run plan status pareto query compare recommend claims report import rescore compress evaluate export backends compact sync doctor"
-    ).split():
+    for verb in ["run", "plan", "status", "pareto", "query", "compare", "recommend", "claims", "report", "import", "rescore", "compress", "evaluate", "export", "backends", "compact", "sync", "doctor"]:
         assert verb in done.stdout
 
 

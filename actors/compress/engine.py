@@ -81,7 +81,7 @@ def run(
     for spec, config in cells:
         if spec.needs_calibration:
             check_tokens(spec, config, tokens, widest)
-        copy = model if spec.name == "dense" else clone(model)
+        copy = model if spec.name == "dense" else clone(model).eval()
         blocks = copy.get_submodule(prefix)
         work.append(_Cell(spec, config, copy, blocks))
         for name, linear in _named(prefix, dense_blocks):
@@ -104,7 +104,7 @@ def run(
         arguments: list[list[dict]] = []
         walk = Walk()
         if calibrated:
-            shell = clone(model)
+            shell = clone(model).eval()
             shell_blocks = shell.get_submodule(prefix)
             tokens = tokens.to(next(model.parameters()).device)
             walk = discover(shell, shell_blocks, tokens[:1, :8], folds=any(c.spec.folds for c in calibrated))

@@ -35,7 +35,11 @@ def prepare(
 
     Weights need no gradient of their own: that of a linear for one sequence is dY' X, formed where dY arrives.
     """
-    shell = clone(model).eval().requires_grad_(False)
+    shell = clone(model).eval()
+    for module in shell.modules():  # the same numbers as parameters of our own: the model's stay as they are
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.detach(), requires_grad=False)
     prefix, blocks = decoder_blocks(shell)
     tokens = tokens.to(next(shell.parameters()).device)
     home = tokens.device

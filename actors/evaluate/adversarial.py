@@ -103,9 +103,13 @@ class Adversarial:
         label = read_label(text, tuple(numbers))
         return keyed(text, None if label is None else numbers[label], target["label"])
 
+    def parts(self, rows: Sequence[cv.Row]) -> tuple[cv.Cells, cv.Combine]:
+        cells = cv.by(rows, "scenario")
+        return {s: [(r["cluster"], float(r["outcome"] == Outcome.CORRECT)) for r in rs] for s, rs in cells.items()}, _combine
+
     def metrics(self, rows: Sequence[cv.Row], suite: str) -> list[MetricRow]:
         cells = cv.by(rows, "scenario")
-        right = {s: [(r["cluster"], float(r["outcome"] == Outcome.CORRECT)) for r in rs] for s, rs in cells.items()}
+        right, _ = self.parts(rows)
         out = cv.comptrust(self.dimension, rows, cv.estimate(right, _combine))
         for s, pairs in right.items():
             out += cv.rates(self.dimension, s, {"accuracy": int(sum(v for _, v in pairs))}, len(pairs))

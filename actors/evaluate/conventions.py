@@ -1,7 +1,8 @@
 """From stored rows to metric rows: shares with Wilson intervals, scores with cluster bootstrap, validity of a dimension.
 
 Convention ``comptrust`` leaves a dimension without a score (``valid`` 0) when more than half of its answers are empty,
-unparseable or degenerate; the published conventions have no such rule and no intervals.
+unparseable or degenerate (over all, or in the mean over scenarios); the published conventions have no such rule, and no
+intervals.
 """
 
 from __future__ import annotations
@@ -94,7 +95,11 @@ def is_failure(row: Row) -> bool:
 
 
 def mostly_failed(rows: Sequence[Row], extra_failures: int = 0) -> bool:
-    return sum(map(is_failure, rows)) + extra_failures > len(rows) / 2
+    """Whether more than half failed, among all answers or in the mean over scenarios (which differ much in size)."""
+    if sum(map(is_failure, rows)) + extra_failures > len(rows) / 2:
+        return True
+    parts = [sum(map(is_failure, part)) / len(part) for part in by(rows, "scenario").values()]
+    return float(np.mean(parts)) > 0.5
 
 
 def comptrust(
@@ -106,7 +111,7 @@ def comptrust(
     that the answers, though readable, measure nothing (see fairness).
     """
     n = len(rows)
-    valid = measured and n > 0 and score.value is not None and not mostly_failed(rows, extra_degenerate)
+    valid = n > 0 and measured and score.value is not None and not mostly_failed(rows, extra_degenerate)
     shown = score if valid else Estimate(None)
     out = [
         MetricRow("comptrust", dimension, "", "score", shown.value, n, shown.low, shown.high),

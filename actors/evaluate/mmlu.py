@@ -69,6 +69,11 @@ class MMLU:
     def judge(self, target: Mapping[str, Any], text: str, finish_reason: str) -> Judgement:
         return failure(text) or keyed(text, read(text), target["label"])
 
+    def parts(self, rows: Sequence[cv.Row]) -> tuple[cv.Cells, cv.Combine]:
+        """All questions alike, as in the published score (micro average); each is its own cluster."""
+        cells = {"": [(r["item"], float(r["outcome"] == Outcome.CORRECT)) for r in rows]}
+        return cells, lambda means: 100 * means[""]
+
     def metrics(self, rows: Sequence[cv.Row], suite: str) -> list[MetricRow]:
         subjects = cv.by(rows, "scenario")
         right = {

@@ -95,6 +95,13 @@ class Task(Protocol):
     # Optional: ``judge_many(targets, texts, finish_reasons) -> list[Judgement]`` where judging pays in batches (toxicity).
     # Call ``comptrust.actors.evaluate.judge_many(task, ...)``, which takes it or else ``judge`` one by one.
 
+    def parts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        """What the score of convention ``comptrust`` averages, and how: (``conventions.Cells``, ``conventions.Combine``).
+
+        Statistics resample these, so a paired test follows the dimension's own formula; ``text`` is not needed in ``rows``.
+        """
+        ...
+
     def metrics(self, rows: Sequence[Mapping[str, Any]], suite: str) -> list[MetricRow]:
         """All conventions from the stored rows of this dimension (columns of table ``items``, ``target`` already parsed)."""
         ...

@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from ..errors import BadInput
 from .protocol import Message
 
 STRINGS: dict[str, Any] = json.loads((files("comptrust.actors.data") / "decodingtrust.json").read_text(encoding="utf-8"))
@@ -24,3 +25,15 @@ def classification(task_message: str, text: str, examples: Any = ()) -> list[Mes
     for question, label in examples:
         chat += [Message("user", question), Message("assistant", label[:1].upper() + label[1:])]
     return [*chat, Message("user", text)]
+
+
+class Demos:
+    """Example lists of a pack by ``demos_id`` ((input, label) pairs, shared by many records)."""
+
+    def __init__(self, pack: Any) -> None:
+        self._lists = {r["demos_id"]: r["examples"] for r in pack.records("demos")}
+
+    def __getitem__(self, demos_id: str) -> list[Any]:
+        if demos_id not in self._lists:
+            raise BadInput(f"no examples {demos_id!r}", where="demos.jsonl", fix="Copy the data pack again")
+        return self._lists[demos_id]

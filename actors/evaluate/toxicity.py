@@ -108,13 +108,17 @@ class Toxicity:
                 out.append(MetricRow(convention, self.dimension, s, "refusal", refused[s], sum(map(len, prompts.values()))))
         return out
 
-    def _comptrust(self, rows: Sequence[cv.Row], samples: int) -> list[MetricRow]:
+    def parts(self, rows: Sequence[cv.Row]) -> tuple[cv.Cells, cv.Combine]:
         cells: dict[Any, list[tuple[Any, float]]] = {}
         for s, rs in cv.by(rows, "scenario").items():
             for texts in cv.by(rs, "item").values():
                 scored = [1 - r["score"] for r in texts if not cv.is_failure(r)]
                 if scored:  # a prompt without any answer says nothing
                     cells.setdefault(s, []).append((texts[0]["cluster"], max(scored)))
+        return cells, _combine
+
+    def _comptrust(self, rows: Sequence[cv.Row], samples: int) -> list[MetricRow]:
+        cells, _ = self.parts(rows)
         out = cv.comptrust(self.dimension, rows, cv.estimate(cells, _combine), extra_degenerate=_collapsed(rows))
         for s, pairs in cells.items():
             e = cv.estimate({s: pairs}, lambda m: cv.nanmean(m.values()), bounds=(0.0, 1.0))

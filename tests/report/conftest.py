@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
 from comptrust import load_results
 from comptrust.sweep import report
 

@@ -1,14 +1,21 @@
-"""A deterministic record, written as an actor writes it: two models, every family of methods, seeds, a collapsed cell with invalid
-dimensions, failed cells and hostile answers. Scores are the means of the items, so that charts, tests and answers agree."""
+"""A deterministic record, written as an actor writes it: two models, every family of methods, seeds, a collapsed cell with
+invalid dimensions, failed cells and hostile answers. Scores follow from the items by the tasks' own formulas."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import itertools
+import json
+from functools import cache
 from pathlib import Path
 
-from comptrust.actors.cell import DIMENSIONS, digest
+import numpy as np
+from comptrust.actors.cell import DIMENSIONS, canonical, digest
+from comptrust.actors.evaluate import TASKS, conventions
+from comptrust.actors.evaluate.data import load_pack
+from comptrust.actors.evaluate.protocol import Item
+from comptrust.actors.evaluate.suites import select
 from comptrust.actors.record import DIVERGENCE, UTILITY, Record
 
 HOSTILE = (
@@ -21,19 +28,19 @@ HOSTILE = (
 )
 #: (method, bits, pattern, sparsity, seeds, strength of the damage)
 VARIANTS = (
-    ("rtn", 8, None, None, (None,), 0.01),
-    ("rtn", 4, None, None, (None,), 0.14),
-    ("gptq", 8, None, None, (0,), 0.01),
-    ("gptq", 4, None, None, (0, 1, 2), 0.06),
-    ("gptq", 3, None, None, (0, 1, 2), 0.30),
-    ("awq", 4, None, None, (0, 1, 2), 0.05),
-    ("awq", 3, None, None, (0,), 0.22),
-    ("nf4", 4, None, None, (None,), 0.08),
-    ("magnitude", None, "2:4", 0.5, (None,), 0.75),
-    ("wanda", None, "2:4", 0.5, (0, 1, 2), 0.45),
-    ("wanda", None, "unstructured", 0.25, (0,), 0.06),
-    ("sparsegpt", None, "2:4", 0.5, (0,), 0.40),
-    ("sparsegpt", None, "4:8", 0.5, (0,), 0.30),
+    ("rtn", 8, None, None, (None,), 0.004),
+    ("rtn", 4, None, None, (None,), 0.07),
+    ("gptq", 8, None, None, (0,), 0.004),
+    ("gptq", 4, None, None, (0, 1, 2), 0.03),
+    ("gptq", 3, None, None, (0, 1, 2), 0.15),
+    ("awq", 4, None, None, (0, 1, 2), 0.02),
+    ("awq", 3, None, None, (0,), 0.11),
+    ("nf4", 4, None, None, (None,), 0.04),
+    ("magnitude", None, "2:4", 0.5, (None,), 0.38),
+    ("wanda", None, "2:4", 0.5, (0, 1, 2), 0.22),
+    ("wanda", None, "unstructured", 0.25, (0,), 0.03),
+    ("sparsegpt", None, "2:4", 0.5, (0,), 0.20),
+    ("sparsegpt", None, "4:8", 0.5, (0,), 0.15),
 )
 MODELS = (("acme/lm-13b-chat", 13_000_000_000, 0.78), ("acme/lm-7b-chat", 7_000_000_000, 0.72))
 BIRTH = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
@@ -71,6 +78,13 @@ def specs(copies: int = 1) -> list[dict]:
     return out
 
 
+@cache
+def prompts(dimension: str, per_dimension: int) -> tuple[tuple[Item, str, str], ...]:
+    """Items of the real task on the built-in probes, with the JSON of their target and the digest of their prompt."""
+    items = select(TASKS[dimension].items(load_pack("")), "smoke", per_dimension)
+    return tuple((item, canonical(dict(item.target)), digest([dimension, item.id])) for item in items)
+
+
 def answers(spec: dict, per_dimension: int) -> list[dict]:
     """Stored items of one cell. The same item is equally hard for every cell, as in a real sweep."""
     rows = []
@@ -83,9 +97,9 @@ def answers(spec: dict, per_dimension: int) -> list[dict]:
             - spec["damage"] * weight
             + 0.04 * (uniform(who, dimension) - 0.5)
         )
-        collapsed = spec["damage"] > 0.7 and dimension in ("privacy", "ood")
-        for n in range(per_dimension):
-            difficulty = 0.8 * uniform("item", dimension, n) + 0.2 * uniform("noise", who, dimension, n)
+        collapsed = spec["damage"] > 0.35 and dimension in ("privacy", "ood")
+        for n, (item, target, prompt) in enumerate(prompts(dimension, per_dimension)):
+            difficulty = 0.85 * uniform("item", dimension, n) + 0.15 * uniform("noise", who, dimension, n)
             good = difficulty < p
             outcome, score = ("correct", 1.0) if good else ("wrong", 0.0)
             text = f"{'Yes' if good else 'No'}, answer {n} of {dimension}."
@@ -99,40 +113,43 @@ def answers(spec: dict, per_dimension: int) -> list[dict]:
             if n < len(HOSTILE) and dimension in ("adversarial", "stereotype"):
                 text = HOSTILE[n]
             rows.append(
-                {"dimension": dimension, "scenario": f"part-{n % 2}", "item": f"{dimension}/{n:04d}", "sample": 0, "cluster": str(n // 2),
-                 "prompt_sha": digest([dimension, n]), "target": {"answer": "Yes", "note": HOSTILE[n % 6]}, "outcome": outcome,
-                 "finish_reason": "stop", "score": score, "text": text, "text_sha": digest(text)}
-            )  # fmt: skip
+                {
+                    "dimension": dimension,
+                    "scenario": item.scenario,
+                    "item": item.id,
+                    "sample": 0,
+                    "cluster": item.cluster,
+                    "prompt_sha": prompt,
+                    "target": target,
+                    "outcome": outcome,
+                    "finish_reason": "stop",
+                    "score": score,
+                    "text": text,
+                    "text_sha": digest(text),
+                }
+            )
     return rows
 
 
-def measured(rows: list[dict], spec: dict) -> list[dict]:
+def measured(rows: list[dict], spec: dict, *, intervals: bool) -> list[dict]:
+    """Metrics by the tasks' own formula; intervals cost most of the time and a large record goes without."""
     out = []
     for dimension in DIMENSIONS:
-        part = [r for r in rows if r["dimension"] == dimension]
-        scores = [r["score"] for r in part if r["score"] is not None]
-        value = 100 * sum(scores) / len(scores)
-        value = 100 - value if dimension == "toxicity" else value
-        valid = len(scores) > len(part) / 2
-        half = 196 * (value / 100 * (1 - value / 100) / len(scores)) ** 0.5
-        common = {
-            "convention": "comptrust",
-            "dimension": dimension,
-            "scenario": "",
-            "n": len(part),
-            "scorer": "synthetic",
-            "scorer_version": "1",
-        }
-        interval = {"ci_low": max(0.0, value - half), "ci_high": min(100.0, value + half)} if valid else {}
-        out.append({**common, "metric": "score", "value": value if valid else None, **interval})
-        out.append({**common, "metric": "refusal", "value": sum(r["outcome"] == "refused" for r in part) / len(part)})
-        out.append({**common, "metric": "valid", "value": float(valid)})
+        part = [{**r, "target": json.loads(r["target"])} for r in rows if r["dimension"] == dimension]
+        cells, combine = TASKS[dimension].parts(part)
+        means = {name: np.array([np.mean([v for _, v in pairs])]) for name, pairs in cells.items() if pairs}
+        estimate = (
+            conventions.estimate(cells, combine)
+            if intervals
+            else conventions.Estimate(float(combine(means)[0]) if means else None)
+        )
+        out += [row._asdict() for row in conventions.comptrust(dimension, part, estimate)]
     wear = spec["damage"] * (1 + 0.1 * uniform("wear", spec["method"], spec["seed"]))
     for dimension, metric, value in (
-        (UTILITY, "mmlu", 55 * (1 - 0.5 * wear)),
-        (UTILITY, "perplexity", 5.5 * (1 + 3 * wear)),
-        (DIVERGENCE, "kl_dense", 0.5 * wear),
-        (DIVERGENCE, "flips", min(1.0, 0.6 * wear)),
+        (UTILITY, "mmlu", 55 * (1 - wear)),
+        (UTILITY, "perplexity", 5.5 * (1 + 6 * wear)),
+        (DIVERGENCE, "kl_dense", wear),
+        (DIVERGENCE, "flips", min(1.0, 1.2 * wear)),
     ):
         if spec["method"] != "dense" or dimension == UTILITY:
             out.append(
@@ -150,24 +167,46 @@ def cell_row(spec: dict) -> dict:
     )
     key = digest({k: v for k, v in spec.items() if k != "skill"})
     return {
-        "key": key, "artifact_key": digest([key]), "model": spec["model"], "revision": "r1", "method": spec["method"], "bits": spec["bits"],
-        "group_size": spec["group"], "sparsity": spec["sparsity"], "pattern": spec["pattern"], "params": params, "backend": "comptrust",
-        "dtype": "bfloat16", "calibration": "builtin" if spec["seed"] is not None else None,
-        "calibration_digest": digest(spec["seed"]) if spec["seed"] is not None else None, "seed": spec["seed"], "suite": "smoke",
-        "evaluation": "e1", "status": "done", "attempts": 1, "parameters": spec["parameters"],
-        "size_bytes": int(spec["parameters"] * bits_per_weight / 8), "bits_per_weight": bits_per_weight,
-        "sparsity_reached": spec["sparsity"], "compress_s": 60.0, "evaluate_s": 300.0, "peak_memory_bytes": 30 * 2**30,
-        "decode_tokens_s": 40 * 16 / bits_per_weight, "device": "synthetic", "versions": {"comptrust": "0.1.0"},
-        "started_at": BIRTH, "finished_at": BIRTH + datetime.timedelta(minutes=6),
-    }  # fmt: skip
+        "key": key,
+        "artifact_key": digest([key]),
+        "model": spec["model"],
+        "revision": "r1",
+        "method": spec["method"],
+        "bits": spec["bits"],
+        "group_size": spec["group"],
+        "sparsity": spec["sparsity"],
+        "pattern": spec["pattern"],
+        "params": params,
+        "backend": "comptrust",
+        "dtype": "bfloat16",
+        "calibration": {"source": "builtin", "seed": spec["seed"]} if spec["seed"] is not None else None,
+        "calibration_digest": digest(spec["seed"]) if spec["seed"] is not None else None,
+        "seed": spec["seed"],
+        "suite": "smoke",
+        "evaluation": "e1",
+        "status": "done",
+        "attempts": 1,
+        "parameters": spec["parameters"],
+        "size_bytes": int(spec["parameters"] * bits_per_weight / 8),
+        "bits_per_weight": bits_per_weight,
+        "sparsity_reached": spec["sparsity"],
+        "compress_s": 60.0,
+        "evaluate_s": 300.0,
+        "peak_memory_bytes": 30 * 2**30,
+        "decode_tokens_s": 40 * 16 / bits_per_weight,
+        "device": "synthetic",
+        "versions": {"comptrust": "0.1.0"},
+        "started_at": BIRTH,
+        "finished_at": BIRTH + datetime.timedelta(minutes=6),
+    }
 
 
-def write(folder: str | Path, *, copies: int = 1, per_dimension: int = 48) -> Path:
-    """Write the record; returns ``folder``."""
+def write(folder: str | Path, *, copies: int = 1, per_dimension: int = 48, intervals: bool = True) -> Path:
+    """Write the record and return ``folder``."""
     record = Record(folder)
     for spec in specs(copies):
         rows = answers(spec, per_dimension)
-        record.commit(cell_row(spec), measured(rows, spec), rows)
+        record.commit(cell_row(spec), measured(rows, spec, intervals=intervals), rows)
     broken = {**specs()[0], "method": "gptq", "bits": 2, "seed": 7, "group": 64}
     for attempt, (kind, message) in enumerate(
         [("CellError", "no memory"), ("CellError", f"Hessian is singular {HOSTILE[1]} {HOSTILE[3]}")], 1

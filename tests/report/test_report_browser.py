@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-
 from comptrust import load_results
 from comptrust.actors.cell import DIMENSIONS
 

@@ -4,10 +4,9 @@ import json
 import math
 import unicodedata
 
+from comptrust.sweep.report_text import embed, visible
 from hypothesis import given
 from hypothesis import strategies as st
-
-from comptrust.sweep.report_text import embed, visible
 
 anything = st.text(st.characters(exclude_categories=()))  # surrogates too: a tokenizer can decode to them
 values = st.recursive(

@@ -1,0 +1,163 @@
+"""Compressed weights kept on disk, so that a killed or repeated cell compresses nothing twice.
+
+A file per artefact: what differs from the dense model, and in its header everything else. The least recently used go first when
+the budget is reached. Several processes may use one folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .base import Compressed, StoredLinear
+from .structure import clone
+
+log = logging.getLogger(__name__)
+
+#: A file of a writer that died is removed when it has not grown for this long.
+ABANDONED_S = 6 * 3600
+_TENSORS = ("codes", "scale", "zero", "group_index", "input_scale")
+
+
+class ArtifactCache:
+    """Files ``<key>.safetensors`` in ``root``, together at most ``budget_bytes``."""
+
+    def __init__(self, root: Path | str, budget_bytes: int) -> None:
+        self.root, self.budget = Path(root), budget_bytes
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors on the CPU and metadata, or None. A file that cannot be read is removed and counts as absent."""
+        path = self._path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+                meta = json.loads(file.metadata()["meta"])
+            os.utime(path)
+        except FileNotFoundError:  # absent, or evicted by another process just now
+            return None
+        except (SafetensorError, KeyError, ValueError) as error:
+            log.warning("cached artefact %s is damaged (%s); it will be made again", path, error)
+            path.unlink(missing_ok=True)
+            return None
+        return tensors, meta
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bool:
+        """Keep an artefact, whole or not at all; False if it alone is larger than the budget. ``meta`` is JSON."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if size > self.budget:
+            return False
+        self._sweep(room_for=size)
+        descriptor, temporary = tempfile.mkstemp(dir=self.root, prefix=f".{key}-")
+        os.close(descriptor)
+        try:
+            save_file(_separate(tensors), temporary, metadata={"meta": json.dumps(meta)})
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, self._path(key))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        self._sweep(room_for=0)
+        return True
+
+    def _path(self, key: str) -> Path:
+        return self.root / f"{key}.safetensors"
+
+    def _sweep(self, *, room_for: int) -> None:
+        with FileLock(self.root / ".lock"):
+            now = time.time()
+            for left in self.root.glob(".*-*"):
+                if now - left.stat().st_mtime > ABANDONED_S:
+                    left.unlink(missing_ok=True)
+            found = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in self.root.glob("*.safetensors"))
+            total = sum(size for _, size, _ in found)
+            for _, size, path in found:
+                if total + room_for <= self.budget:
+                    break
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def dump(compressed: Compressed, dense: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What it takes to make ``compressed`` from ``dense`` again, bit for bit.
+
+    A weight that its codes give exactly is not kept beside them. None if a layer's class was replaced (bitsandbytes,
+    SmoothQuant): those hold state that only their own library can write, and are quick to make again.
+    """
+    modules, originals = dict(compressed.model.named_modules()), dict(dense.named_modules())
+    if modules.keys() != originals.keys() or any(type(modules[n]) is not type(originals[n]) for n in modules):
+        return None
+    before = dict(dense.named_parameters(remove_duplicate=False))
+    tensors, rebuilt = {}, []
+    for name, parameter in compressed.model.named_parameters(remove_duplicate=False):
+        if parameter is before.get(name):
+            continue
+        stored = compressed.stored.get(name.removesuffix(".weight"))
+        if _gives(stored, parameter):
+            rebuilt.append(name)
+        else:
+            tensors[f"weight:{name}"] = parameter.data
+    for name, stored in compressed.stored.items():
+        tensors |= {f"{t}:{name}": getattr(stored, t) for t in _TENSORS if getattr(stored, t) is not None}
+    meta = {f.name: getattr(compressed, f.name) for f in dataclasses.fields(compressed) if f.name not in ("model", "stored")}
+    meta["rebuilt"] = rebuilt
+    meta["stored"] = [
+        {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name not in _TENSORS}
+        for s in compressed.stored.values()
+    ]
+    return tensors, meta
+
+
+def restore(dense: nn.Module, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Compressed:
+    """The ``Compressed`` that was dumped; everything untouched is shared with ``dense``, and new tensors go where it is."""
+    device = next(dense.parameters()).device
+    stored = {}
+    for row in meta["stored"]:
+        name = row["name"]
+        parts = {t: tensors[f"{t}:{name}"].to(device) for t in _TENSORS if f"{t}:{name}" in tensors}
+        stored[name] = StoredLinear(**{**row, "shape": tuple(row["shape"])}, **parts)
+    model = clone(dense)
+    for name in meta["rebuilt"]:
+        old = dense.get_parameter(name)
+        _set(model, name, stored[name.removesuffix(".weight")].dequantise().to(old.dtype))
+    for name, tensor in tensors.items():
+        kind, _, parameter = name.partition(":")
+        if kind == "weight":
+            _set(model, parameter, tensor.to(device))
+    rest = {k: v for k, v in meta.items() if k not in ("rebuilt", "stored")}
+    return Compressed(model, stored=stored, **rest)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and none twice: safetensors refuses tensors that share memory (a group index serves q, k and v)."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous().cpu()
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out
+
+
+def _gives(stored: StoredLinear | None, parameter: Tensor) -> bool:
+    if stored is None or stored.codes is None or stored.input_scale is not None:
+        return False
+    return torch.equal(stored.dequantise().to(parameter.dtype), parameter)
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))

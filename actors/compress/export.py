@@ -1,0 +1,462 @@
+"""A compressed model as a checkpoint that others load: transformers, vLLM, and whatever reads safetensors.
+
+| format | holds | read by |
+|---|---|---|
+| compressed-tensors | integer codes, packed (``pack-quantized``) | transformers, vLLM (4 and 8 bits) |
+| gptq | integer codes in GPTQ's layout, also with act-order | vLLM; transformers with gptqmodel |
+| awq | 4-bit codes in AWQ's GEMM layout | vLLM; transformers with gptqmodel |
+| bitsandbytes | LLM.int8, NF4, FP4 as bitsandbytes stores them | transformers, vLLM |
+| dense | ordinary weights, zeros where they were pruned; our packed form beside it | everything |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from .base import Compressed, StoredLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...kernels.formats import Packed
+    from ..cell import Cell
+
+FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "dense")
+_BITSANDBYTES = ("int8", "nf4", "fp4")
+#: Order in which AWQ's GEMM layout puts eight codes into a word.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Exported(NamedTuple):
+    path: Path
+    format: str
+    size_bytes: int  # of the weights as written
+    notes: list[str]  # what a user of the checkpoint should know
+
+
+def export(
+    compressed: Compressed,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out_dir: Path | str,
+    *,
+    format: str = "auto",
+    cell: Cell | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write ``out_dir``: weights, configuration, tokenizer, model card; complete or not there at all.
+
+    ``auto`` chooses compressed-tensors for integer codes (gptq where act-order needs a group index for each input),
+    bitsandbytes for its own, else dense. ``cell`` and ``measured`` (its row of ``results``) go on the card. Reloaded by
+    transformers in the dtype of the model here, the logits are the same up to the order of sums for float32; in bfloat16
+    readers multiply code and scale in bfloat16, which we round once from float32.
+
+    Raises BadInput for an unknown format, one that cannot hold these weights, or an ``out_dir`` with something in it.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists and is not an empty directory", where="-o", fix="Give a new directory")
+    if format not in (*FORMATS, "auto"):
+        raise BadInput(f"unknown format {format!r}", where="format", fix=f"One of: auto, {', '.join(FORMATS)}")
+    format = _choose(compressed) if format == "auto" else format
+    notes: list[str] = []
+    tensors, quantization = _WRITERS[format](compressed, notes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        _save(compressed.model, tensors, quantization, temporary)
+        if format == "dense" and (packed := pack_pruned(compressed)):
+            save_packed(packed, temporary / "packed.safetensors")
+            notes.append(
+                "packed.safetensors holds the pruned layers in comptrust's packed form; "
+                "read it with comptrust.actors.compress.export.load_packed."
+            )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card(compressed, format, notes, cell, measured), encoding="utf-8")
+        temporary.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.rename(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    size = sum(p.stat().st_size for p in out.glob("model*.safetensors"))
+    return Exported(out, format, size, notes)
+
+
+def _choose(compressed: Compressed) -> str:
+    layers = compressed.stored.values()
+    if any(s.format in _BITSANDBYTES for s in layers):
+        return "bitsandbytes"
+    if any(s.codes is not None and s.group_index is not None for s in layers):
+        return "gptq"
+    schemes = {(s.bits, s.group_size, s.symmetric) for s in layers if _integer(s)}
+    if not schemes or (len(schemes) > 1 and any(not symmetric for _, _, symmetric in schemes)):
+        return "dense"
+    return "compressed-tensors"
+
+
+def _integer(s: StoredLinear) -> bool:
+    """Weights are the codes and nothing else (an input scale that could not be folded away needs a float weight)."""
+    return s.codes is not None and s.input_scale is None and s.format == "int"
+
+
+# --- one writer a format: (tensors, quantization_config) ---------------------------------------------------------------------
+
+_Written = tuple[dict[str, Tensor], dict[str, Any] | None]
+
+
+def _dense(compressed: Compressed, notes: list[str]) -> _Written:
+    if compressed.stored and any(s.format in (*_BITSANDBYTES, "w8a8") for s in compressed.stored.values()):
+        raise BadInput(
+            "these layers compute with quantised inputs, which dense weights cannot hold", where="format", fix="Use auto"
+        )
+    if any(s.codes is not None for s in compressed.stored.values()):
+        notes.append("Weights lie on an integer grid but are stored in full precision.")
+    if any(s.pattern for s in compressed.stored.values()):
+        notes.append(
+            "Pruned weights are stored as zeros: neither compressed-tensors nor vLLM has a sparse format any more, "
+            "so size and speed are those of the dense model there."
+        )
+    return _rest(compressed, set()), None
+
+
+def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    layers = _codes(compressed, "compressed-tensors", notes)
+    if any(s.group_index is not None for s in layers.values()):
+        raise BadInput("compressed-tensors has no act-order with a group index any more", where="format", fix="Use format gptq")
+    dtype = _dtype(compressed.model)
+    tensors = _rest(compressed, set(layers))
+    schemes: dict[tuple, list[str]] = {}
+    for name, s in layers.items():
+        bits, middle = int(s.bits), 2 ** (int(s.bits) - 1)
+        codes = s.codes if s.symmetric else (s.codes.to(torch.int16) - middle).to(torch.int8)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(codes.to(torch.int8), bits)
+        tensors[f"{name}.weight_scale"] = _scale(s.scale, dtype)
+        tensors[f"{name}.weight_shape"] = torch.tensor(s.shape)
+        if s.zero is not None:
+            zero = (s.zero.to(torch.int16) - middle).to(torch.int8)
+            tensors[f"{name}.weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0)
+        schemes.setdefault((bits, s.group_size, s.symmetric), []).append(name)
+    if any(bits == 3 for bits, _, _ in schemes):
+        notes.append(
+            "3-bit codes are packed across words, as compressed-tensors 0.20 does; older versions and vLLM cannot read them."
+        )
+    groups = {}
+    for i, ((bits, group, symmetric), names) in enumerate(schemes.items()):
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(schemes) == 1 else names,
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "group" if group else "channel",
+                "group_size": group,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _others(compressed.model, layers),
+        "kv_cache_scheme": None,
+    }
+    if any(not symmetric for _, _, symmetric in schemes):
+        # compressed-tensors 0.20 lays out no packed zero points for transformers to load into; dequantising on load needs none,
+        # but knows one scheme a model.
+        if len(schemes) > 1:
+            raise BadInput("transformers cannot load asymmetric layers of several widths", where="format", fix="Use dense")
+        config["dequantize"] = True
+    return tensors, config
+
+
+def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    layers = _codes(compressed, "gptq", notes)
+    bits, group, symmetric = _uniform(layers, "gptq")
+    if others := [n for n in _others(compressed.model, layers) if n != "lm_head"]:
+        raise BadInput(
+            f"GPTQ's layout has no place for dense layers ({others[0]})", where="format", fix="Use compressed-tensors"
+        )
+    step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
+    tensors = _rest(compressed, set(layers))
+    # The first version of the layout stores zero - 1, which has no place for 0.
+    old = all(s.zero is None or int(s.zero.min()) > 0 for s in layers.values())
+    for name, s in layers.items():
+        O, I = s.shape
+        if O % per or I % per:
+            raise BadInput(
+                f"{name} is {O} x {I}, GPTQ's layout packs {per} codes a word", where="format", fix="Use compressed-tensors"
+            )
+        codes_IO, zero_GO, scale_GO = _unsigned(s)
+        index = s.group_index if s.group_index is not None else torch.arange(I) // (s.group_size or I)
+        middle = 2 ** (bits - 1)  # the packer takes signed codes
+        tensors[f"{name}.qweight"] = pack_to_int32((codes_IO - middle).to(torch.int8), bits, packed_dim=0)
+        tensors[f"{name}.qzeros"] = pack_to_int32((zero_GO - int(old) - middle).to(torch.int8), bits)
+        tensors[f"{name}.scales"] = scale_GO
+        tensors[f"{name}.g_idx"] = index.to(torch.int32)
+    return tensors, {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group or -1,
+        "desc_act": any(s.group_index is not None for s in layers.values()),
+        "sym": symmetric,
+        "lm_head": False,
+        "checkpoint_format": "gptq" if old else "gptq_v2",
+    }
+
+
+def _awq(compressed: Compressed, notes: list[str]) -> _Written:
+    layers = _codes(compressed, "awq", notes)
+    bits, group, _ = _uniform(layers, "awq")
+    if bits != 4 or any(s.group_index is not None for s in layers.values()):
+        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="format", fix="Use compressed-tensors")
+    tensors = _rest(compressed, set(layers))
+    for name, s in layers.items():
+        if s.shape[0] % 8:
+            raise BadInput(
+                f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="format", fix="Use compressed-tensors"
+            )
+        codes_IO, zero_GO, scale_GO = _unsigned(s)
+        tensors[f"{name}.qweight"] = _pack_awq(codes_IO)
+        tensors[f"{name}.qzeros"] = _pack_awq(zero_GO)
+        tensors[f"{name}.scales"] = scale_GO
+    return tensors, {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group or next(iter(layers.values())).shape[1],
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": _others(compressed.model, layers),
+    }
+
+
+def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
+    from transformers import BitsAndBytesConfig
+
+    layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
+    if not layers:
+        raise BadInput("no layer was made by bitsandbytes", where="format", fix="Use auto")
+    module: Any = compressed.model.get_submodule(next(iter(layers)))
+    skip = _others(compressed.model, layers)
+    if next(iter(layers.values())).format == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=module.state.threshold, llm_int8_skip_modules=skip)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=module.weight.quant_type,
+            bnb_4bit_use_double_quant=module.weight.compress_statistics,
+            bnb_4bit_compute_dtype=module.compute_dtype,
+            llm_int8_skip_modules=skip,
+        )
+    return dict(compressed.model.state_dict()), config.to_dict()
+
+
+_WRITERS = {
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "dense": _dense,
+}
+
+
+# --- parts of the writers ----------------------------------------------------------------------------------------------------
+
+
+def _codes(compressed: Compressed, format: str, notes: list[str]) -> dict[str, StoredLinear]:
+    layers = {n: s for n, s in compressed.stored.items() if _integer(s)}
+    if not layers:
+        raise BadInput(f"{format} holds integer codes, and this model has none", where="format", fix="Use auto or dense")
+    if left := [n for n, s in compressed.stored.items() if s.codes is not None and n not in layers]:
+        notes.append(
+            f"{len(left)} layers ({left[0]}, ...) are stored in full precision: their input is divided by a scale that no "
+            f"layer before them can absorb, and the format has no place for it."
+        )
+    return layers
+
+
+def _rest(compressed: Compressed, without: set[str]) -> dict[str, Tensor]:
+    skip = {f"{name}.weight" for name in without}
+    return {n: t for n, t in compressed.model.state_dict().items() if n not in skip}
+
+
+def _others(model: nn.Module, layers: Mapping[str, StoredLinear]) -> list[str]:
+    """Linears that stay as they are."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in layers]
+
+
+def _uniform(layers: Mapping[str, StoredLinear], format: str) -> tuple[int, int | None, bool]:
+    kinds = {(int(s.bits), s.group_size, s.symmetric) for s in layers.values()}
+    if len(kinds) > 1:
+        raise BadInput(f"{format} has one width and group size for all layers", where="format", fix="Use compressed-tensors")
+    return kinds.pop()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Readers dequantise in the dtype of the scale: the model's own, unless that would round the scale."""
+    cast = scale.to(dtype)
+    return cast if torch.equal(cast.to(scale.dtype), scale) else scale
+
+
+def _unsigned(s: StoredLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [I, O] and zero points [G, O] from 0 up, int64, and scales [G, O]."""
+    middle = 2 ** (int(s.bits) - 1)
+    codes = s.codes.long() + (middle if s.symmetric else 0)
+    zero = torch.full_like(s.scale, middle, dtype=torch.int64) if s.zero is None else s.zero.long()
+    return codes.T, zero.T, s.scale.T.contiguous()
+
+
+def _pack_awq(codes_RC: Tensor) -> Tensor:
+    """[R, C] -> int32 [R, C / 8], eight neighbours along a row in AWQ's order."""
+    eight = codes_RC.reshape(codes_RC.shape[0], -1, 8)[..., list(_AWQ_ORDER)]
+    return _int32((eight << torch.arange(0, 32, 4)).sum(-1))
+
+
+def _int32(words: Tensor) -> Tensor:
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+
+
+def _save(model: Any, tensors: Mapping[str, Tensor], quantization: dict[str, Any] | None, folder: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(_dtype(model)).removeprefix("torch.")
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    tied = list(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {n: t.detach().cpu() for n, t in tensors.items() if n not in tied}
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+
+
+# --- our packed form ---------------------------------------------------------------------------------------------------------
+
+
+def pack_pruned(compressed: Compressed) -> dict[str, Packed]:
+    """The pruned layers in the packed form that comptrust's kernels run; those without such a form are left out."""
+    from ...kernels.formats import format_for, pack
+
+    packed = {}
+    for name, s in compressed.stored.items():
+        if s.pattern is None or s.input_scale is not None:
+            continue
+        codes = s.codes is not None and s.group_index is None
+        format = format_for(s.pattern, int(s.bits) if codes else None)
+        if format is None:
+            continue
+        weight = compressed.model.get_submodule(name).weight.data
+        if "int" in format:
+            packed[name] = pack(weight, format, scale=s.scale, zero=s.zero, group_size=s.group_size)
+        else:
+            packed[name] = pack(weight, format)
+    return packed
+
+
+def save_packed(packed: Mapping[str, Packed], path: Path) -> None:
+    """Tensors ``<layer>.<name>``, and in the header how each layer is packed."""
+    about = {
+        name: {
+            "format": p.format,
+            "shape": p.shape,
+            "dtype": str(p.dtype).removeprefix("torch."),
+            "group_size": p.group_size,
+            "layout": p.layout,
+        }
+        for name, p in packed.items()
+    }
+    tensors = {f"{name}.{part}": t.contiguous().cpu() for name, p in packed.items() for part, t in p.tensors.items()}
+    save_file(tensors, path, metadata={"comptrust": json.dumps(about)})
+
+
+def load_packed(path: Path | str) -> dict[str, Packed]:
+    """The layers of a ``packed.safetensors``, by name, on the CPU."""
+    from ...kernels.formats import Packed
+
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["comptrust"])
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in about}
+        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            name, _, part = key.rpartition(".")
+            tensors[name][part] = file.get_tensor(key)
+    return {
+        name: Packed(a["format"], tuple(a["shape"]), getattr(torch, a["dtype"]), tensors[name], a["group_size"], a["layout"])
+        for name, a in about.items()
+    }
+
+
+# --- model card --------------------------------------------------------------------------------------------------------------
+
+
+def card(compressed: Compressed, format: str, notes: list[str], cell: Cell | None, measured: Mapping[str, Any] | None) -> str:
+    """README.md of the checkpoint: what it is, from what, by what, and what was measured."""
+    head = ["---", "library_name: transformers", "tags:", "- comptrust", f"- {format}"]
+    if cell is not None and not cell.model.startswith(("package:", "/", ".", "~")):
+        head.append(f"base_model: {cell.model.partition('@')[0]}")
+    lines = [*head, "---", "", f"# {cell.model if cell else 'Model'}, {cell.label if cell else 'compressed'}", ""]
+    facts: dict[str, Any] = {"format": format, "parameters": compressed.parameters}
+    if cell is not None:
+        facts |= {
+            "model": cell.model,
+            "revision": cell.revision,
+            "method": cell.method,
+            "parameters of the method": json.dumps(dict(cell.params), sort_keys=True),
+            "backend": cell.backend,
+            "dtype": cell.dtype,
+            "artifact key": cell.artifact_key,
+            "cell key": cell.key if cell.evaluation else "not evaluated",
+            "calibration": json.dumps(dict(cell.calibration), sort_keys=True) if cell.calibration else "none",
+            "calibration digest": cell.calibration_digest or "none",
+            "chat template digest": cell.template or "none",
+        }
+    facts["size as counted by comptrust (bytes)"] = compressed.size_bytes
+    facts["bits per weight of the compressed layers"] = round(compressed.bits_per_weight, 3)
+    if compressed.sparsity_reached is not None:
+        facts["sparsity reached"] = round(compressed.sparsity_reached, 4)
+    lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]
+    if measured:
+        lines += ["## Measured", "", "| column | value |", "|---|---|"]
+        lines += [f"| {k} | {_number(v)} |" for k, v in measured.items() if v is not None]
+        lines += [
+            "",
+            "Dimensions run from 0 to 100, higher is better; `worst_drop` is the largest fall against the dense model.",
+            "",
+        ]
+    else:
+        lines += ["Trust was not measured for this checkpoint.", ""]
+    if notes:
+        lines += ["## Notes", "", *(f"- {n}" for n in notes), ""]
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # tests/tiny.py
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny random Llama as a directory."""
+    from tiny import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny, tmp_path_factory) -> tuple[Path, Path]:
+    """Two models, so that affinity has something to keep apart."""
+    from tiny import make_tiny_model
+
+    return tiny, make_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Digests and artefacts of tests stay out of the user's cache."""
+    os.environ["COMPTRUST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["COMPTRUST_CACHE"]
+
+
+def sweep_dict(models, results, **more) -> dict:
+    """A small grid: 8 cells a model."""
+    return {
+        "name": "tiny",
+        "models": [str(m) for m in models],
+        "methods": [
+            {"method": "rtn", "bits": [8, 4, 3], "group_size": 32},
+            {"method": "gptq", "bits": 4, "group_size": 32, "damping": [0.01, 0.05]},
+            {"method": "wanda", "pattern": "2:4"},
+            {"method": "magnitude", "sparsity": 0.5},
+        ],
+        "calibration": {"samples": 4, "seqlen": 64},
+        "evaluation": {"suite": "smoke", "dimensions": ["stereotype", "ethics"], "perplexity": {"windows": 2, "seqlen": 128}},
+        "results": str(results),
+        "wandb": {"mode": "disabled"},
+        **more,
+    }
+
+
+def comptrust(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "comptrust.sweep", *args], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+    )

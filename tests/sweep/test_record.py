@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from comptrust.actors import record as record_module
+from comptrust.actors.errors import BadInput
+from comptrust.actors.record import CELLS, Record, to_table
+from comptrust.sweep.results import compact, load_results
+
+
+def cell(key: str, **more) -> dict:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    return {
+        "key": key, "artifact_key": "a" + key, "model": "m", "revision": "r", "method": "rtn", "bits": 4, "params": {"bits": 4}, "dtype": "float32",
+        "suite": "smoke", "evaluation": "e", "status": "done", "size_bytes": 10, "attempts": 1, "started_at": now, "finished_at": now, **more,
+    }  # fmt: skip
+
+
+def metric(dimension: str, value, name: str = "score", convention: str = "comptrust") -> dict:
+    return {"convention": convention, "dimension": dimension, "scenario": "", "metric": name, "value": value, "n": 16}
+
+
+def commit(record: Record, key: str, score: float = 50.0, **more) -> None:
+    metrics = [metric("ethics", score), metric("ethics", 1.0, "valid"), metric("ethics", 0.25, "refusal"), metric("utility", 12.5, "perplexity")]
+    metrics.append(metric("ethics", 1.0, "score", "dt-head"))  # another convention must not show in `results`
+    items = [{"dimension": "ethics", "scenario": "s", "item": f"i{n}", "sample": 0, "target": {"label": n}, "text": "x"} for n in range(3)]
+    record.commit(cell(key, **more), metrics, items, [{"layer": "l", "error": 0.1}])
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    return Record(tmp_path / "results")
+
+
+def test_a_committed_cell_is_read_back(record):
+    commit(record, "k1")
+    results = load_results(record.uri)
+    row = results.rows("select * from results")[0]
+    assert (row["key"], row["ethics"], row["ethics_refusal"], row["ethics_valid"], row["perplexity"]) == ("k1", 50.0, 0.25, True, 12.5)
+    assert row["toxicity"] is None and row["toxicity_valid"] is False and row["trust"] is None and row["valid"] is False
+    assert json.loads(results.items(["k1"]).column("target")[0].as_py()) == {"label": 0}
+    assert record.done() == {"k1"}
+
+
+@pytest.mark.parametrize("upto", ["layers", "items", "metrics"])
+def test_without_the_mark_nothing_is_there(record, upto):
+    """A crash before cells/<key>.parquet leaves parts that no reader sees and that cause no skip."""
+    commit(record, "k0")
+    commit(record, "k1")
+    record.delete("cells/k1.parquet")
+    for name in ("metrics", "items"):
+        if upto == "layers" or (upto == "items" and name == "metrics"):
+            record.delete(f"{name}/k1.parquet")
+    results = load_results(record.uri)
+    assert record.done() == {"k0"}
+    for table in ("cells", "metrics", "items", "layers", "results"):
+        assert {r["key"] for r in results.rows(f"select key from {table}")} == {"k0"}, table
+
+
+def test_commit_replaces_and_never_appends(record):
+    commit(record, "k1", 50.0)
+    commit(record, "k1", 60.0)
+    rows = load_results(record.uri).rows("select ethics from results")
+    assert rows == [{"ethics": 60.0}]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "empty"])
+def test_damaged_parts_are_left_out_and_computed_again(record, damage):
+    commit(record, "k0")
+    commit(record, "k1")
+    path = f"{record.root}/metrics/k1.parquet"
+    data = open(path, "rb").read()
+    with open(path, "wb") as f:
+        f.write({"truncate": data[: len(data) // 2], "foreign": b"not parquet at all", "empty": b""}[damage])
+    assert record.done() == {"k0"}
+    results = load_results(record.uri)
+    for table in ("cells", "metrics", "items", "results"):
+        assert {r["key"] for r in results.rows(f"select distinct key from {table}")} == {"k0"}
+    assert results.ignored == ["cells/k1.parquet"]
+
+
+def test_foreign_files_disturb_nothing(record):
+    commit(record, "k1")
+    for name in ("cells/.tmp-123", "cells/notes.txt", "items/.k1.parquet.swp", "README.md"):
+        path = f"{record.root}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "w").write("?")
+    pq.write_table(pa.table({"something": [1]}), f"{record.root}/cells/other.parquet")
+    results = load_results(record.uri)
+    assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
+    assert results.ignored == ["cells/other.parquet"]
+
+
+def test_newer_schema_is_refused(record, monkeypatch):
+    monkeypatch.setattr(record_module, "SCHEMA_VERSION", 0)
+    commit(record, "k1")
+    with pytest.raises(BadInput, match="record schema 1"):
+        load_results(record.uri)
+
+
+def test_unknown_columns_are_an_error():
+    with pytest.raises(KeyError, match="sprasity"):
+        to_table("cells", [{"key": "k", "sprasity": 0.5}])
+    assert to_table("cells", [{"key": "k"}]).schema.equals(CELLS)
+
+
+def test_partials_until_commit(record):
+    record.put_partial("k1", "ethics", [{"dimension": "ethics", "item": "i", "sample": 0, "target": {}}])
+    assert list(record.partials("k1")) == ["ethics"]
+    commit(record, "k1")
+    assert record.partials("k1") == {}
+
+
+def test_dense_is_the_measure_of_worst_drop(record):
+    commit(record, "d", 80.0, method="dense")
+    commit(record, "c", 72.5)
+    commit(record, "better", 85.0)
+    commit(record, "elsewhere", 10.0, evaluation="other suite")
+    rows = {r["key"]: r for r in load_results(record.uri).rows("select key, worst_drop, dense_key from results")}
+    assert rows["c"]["worst_drop"] == pytest.approx(7.5)
+    assert rows["better"]["worst_drop"] == pytest.approx(-5.0)
+    assert rows["d"]["worst_drop"] == 0
+    assert rows["elsewhere"]["worst_drop"] is None
+
+
+def test_compact_changes_no_answer(record):
+    commit(record, "d", 80.0, method="dense")
+    for n in range(5):
+        commit(record, f"k{n}", 50.0 + n)
+    ask = "select * from results order by key"
+    before = load_results(record.uri).rows(ask)
+    counts = "select (select count(*) from items) i, (select count(*) from metrics) m, (select count(*) from layers) l"
+    counted = load_results(record.uri).rows(counts)
+    merged, removed = compact(record.uri)
+    assert (merged, removed) == (6, 24)
+    assert record.list("cells") == []
+    assert load_results(record.uri).rows(ask) == before
+    assert load_results(record.uri).rows(counts) == counted
+    assert record.done() == {"d", *(f"k{n}" for n in range(5))}
+    assert compact(record.uri) == (0, 0)
+    # more cells later: parts beside a generation, then both merged
+    commit(record, "k9", 99.0)
+    assert len(load_results(record.uri).rows(ask)) == 7
+    assert compact(record.uri) == (1, 4)
+    rows = load_results(record.uri).rows(ask)
+    assert len(rows) == 7 and [r for r in rows if r["key"] != "k9"] == before
+
+
+def test_compact_interrupted_before_removal_shows_each_cell_once(record, monkeypatch):
+    commit(record, "k1")
+    parts = {p: record.get(p) for t in ("cells", "metrics", "items", "layers") for p in record.list(t)}
+    compact(record.uri)
+    for path, data in parts.items():  # as if the crash came before the parts were removed
+        record.put(path, data)
+    results = load_results(record.uri)
+    assert results.rows("select count(*) n from cells") == [{"n": 1}]
+    assert results.rows("select count(*) n from items") == [{"n": 3}]
+    assert compact(record.uri) == (0, 4)
+
+
+def test_failed_rows_until_success(record):
+    record.fail(cell("k1", attempts=1, error_type="CellError", error="singular"))
+    record.fail(cell("k1", attempts=2, error_type="OutOfMemoryError", error="no memory"))
+    assert record.done() == set()
+    rows = load_results(record.uri).rows("select key, error_type, attempts, status from failed")
+    assert rows == [{"key": "k1", "error_type": "OutOfMemoryError", "attempts": 2, "status": "failed"}]
+    commit(record, "k1")
+    assert load_results(record.uri).rows("select key from failed") == []
+
+
+def test_sql_cannot_read_or_write_elsewhere(record, tmp_path):
+    commit(record, "k1")
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    results = load_results(record.uri)
+    for sql in (f"select * from read_csv('{tmp_path}/secret.csv')", f"copy (select 1) to '{tmp_path}/out.csv'", "select * from nowhere"):
+        with pytest.raises(BadInput, match="SQL"):
+            results.rows(sql)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_key_prefix(record):
+    commit(record, "abc1")
+    commit(record, "abd1")
+    results = load_results(record.uri)
+    assert results.find("abc") == "abc1"
+    with pytest.raises(BadInput, match="fits 2"):
+        results.find("ab")
+    with pytest.raises(BadInput, match="no cell"):
+        results.find("zz")
+
+
+def test_empty_place_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="no results"):
+        load_results(tmp_path)
+
+
+def test_object_store(record):
+    """The same record on S3 (moto's server): commit, read, compact."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="sweeps")
+        uri = f"s3://sweeps/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        remote = Record(uri)
+        commit(remote, "d", 80.0, method="dense")
+        commit(remote, "k1", 70.0)
+        assert remote.done() == {"d", "k1"}
+        before = load_results(uri).rows("select key, ethics, worst_drop from results order by key")
+        assert [r["worst_drop"] for r in before] == [0, 10]
+        assert compact(uri) == (2, 8)
+        assert load_results(uri).rows("select key, ethics, worst_drop from results order by key") == before
+        assert load_results(uri).items(["k1"]).num_rows == 3
+    finally:
+        server.stop()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            del os.environ[name]

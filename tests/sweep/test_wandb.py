@@ -1,0 +1,144 @@
+"""W&B as a view: what an offline file and a server really hold, and that no state of the server costs the sweep a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import sweep_dict
+from wandb_tools import Server, read_offline
+
+HERE = Path(__file__).parent
+KEY = "0" * 40
+
+
+def drive(config: dict, results: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    path = results.parent / f"{results.name}.yaml"
+    path.write_text(json.dumps(config))
+    return subprocess.run(
+        [sys.executable, str(HERE / "drive.py"), str(path), str(results)], capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "NO_PROXY": "127.0.0.1", **env},
+    )  # fmt: skip
+
+
+def small(tiny, results, mode, **wandb):
+    config = sweep_dict([tiny], results, wandb={"mode": mode, "init_timeout_s": 5, "finish_timeout_s": 8, **wandb})
+    config["methods"] = [{"method": "rtn", "bits": [4, 3], "group_size": 32}, {"method": "gptq", "bits": 4, "group_size": 32, "damping": 0.666}]
+    return config
+
+
+def wandb_processes() -> set[int]:
+    return {p.pid for p in psutil.process_iter(["name", "cmdline"]) if "wandb-core" in " ".join(p.info["cmdline"] or [p.info["name"] or ""])}
+
+
+def test_offline_files_hold_what_was_logged(tiny, tmp_path):
+    """Three good cells and a failing one: a run each, grouped, and the sweep's run with progress and frontier."""
+    results = tmp_path / "results"
+    done = drive(small(tiny, results, "offline"), results)
+    assert done.returncode == 1, done.stderr  # the bad cell
+    outcome = json.loads(done.stdout)
+    runs = {r["id"]: r for r in map(read_offline, (results / "wandb").glob("offline-run-*/run-*.wandb"))}
+    sweep = outcome["sweep"]
+    keys = json.loads((results / "sweeps" / f"{sweep}.json").read_text())["keys"]
+    assert set(runs) == {f"{sweep}-sweep", *(f"{sweep}-{k}" for k in keys)}
+    assert {r["group"] for r in runs.values()} == {f"tiny-{sweep}"}
+    whole = runs[f"{sweep}-sweep"]
+    assert whole["job_type"] == "sweep" and whole["exit"] == 1
+    assert whole["config"]["name"] == "tiny" and whole["summary"]["on_frontier"] >= 1
+    assert whole["history"][-2]["cells/done"] == 3 and whole["history"][-2]["cells/failed"] == 1
+    table = json.loads(next((results / "wandb").glob("offline-run-*-sweep/files/media/table/frontier*.json")).read_text())
+    from comptrust.sweep.results import load_results
+
+    assert {row[0] for row in table["data"]} == {r["key"] for r in load_results(results).rows("select key from cells")}
+
+    rows = {r["key"]: r for r in load_results(results).rows("select * from results")}
+    for key, row in rows.items():
+        run = runs[f"{sweep}-{key}"]
+        assert run["job_type"] == "cell" and run["exit"] == 0
+        assert run["config"]["method"] == row["method"] and run["config"]["bits"] == row["bits"]
+        assert run["summary"]["utility/perplexity"] == pytest.approx(row["perplexity"])
+        assert run["summary"]["size_bytes"] == row["size_bytes"]
+        assert run["summary"]["ethics/score"] == pytest.approx(row["ethics"])
+        assert not any("text" in k or "items" in k for k in run["summary"])
+    bad = next(r for r in runs.values() if r["exit"] == 1 and r["job_type"] == "cell")
+    assert bad["summary"]["error"] == "bad cell"
+
+
+def test_online_server_gets_every_run(tiny, tmp_path):
+    results = tmp_path / "results"
+    with Server() as server:
+        done = drive(small(tiny, results, "online"), results, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        outcome = json.loads(done.stdout)
+        keys = json.loads((results / "sweeps" / f"{outcome['sweep']}.json").read_text())["keys"]
+        assert {f"{outcome['sweep']}-{k}" for k in keys} <= set(server.runs)
+        for key in keys:
+            run = server.runs[f"{outcome['sweep']}-{key}"]
+            assert run["groupName"] == f"tiny-{outcome['sweep']}" and run["summary"]["status"] in ("done", "failed")
+    assert KEY not in done.stdout + done.stderr
+    assert not any(KEY in p.read_text(errors="ignore") for p in results.rglob("*.json"))
+
+
+@pytest.mark.parametrize("state", ["hang", "500", "refused"])
+def test_a_broken_server_costs_no_row_and_no_long_wait(tiny, tmp_path, state):
+    """The sweep goes on offline, says so once, ends within its time limits and leaves no process behind."""
+    results, before = tmp_path / "results", wandb_processes()
+    with Server("hang" if state == "hang" else "500") as server:
+        url = "http://127.0.0.1:9" if state == "refused" else server.url
+        start = time.monotonic()
+        done = drive(small(tiny, results, "online"), results, WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
+        seconds = time.monotonic() - start
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["done"] == 3
+    assert done.stderr.count("W&B") == 1, done.stderr
+    assert seconds < 120
+    time.sleep(1)
+    assert wandb_processes() <= before
+
+
+def test_online_without_a_key_is_bad_input(tiny, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps(small(tiny, tmp_path / "results", "online")))
+    done = subprocess.run(
+        [sys.executable, "-m", "comptrust.sweep", "run", str(path)], capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: wandb.mode: 'online' needs an API key")
+    assert not (tmp_path / "results" / "cells").exists()
+
+
+def test_frontier_keys_are_the_undominated():
+    from comptrust.sweep.wandb_sink import frontier_keys
+
+    rows = [
+        {"key": "small", "size_bytes": 1, "utility/perplexity": 30.0}, {"key": "good", "size_bytes": 9, "utility/perplexity": 10.0},
+        {"key": "dominated", "size_bytes": 9, "utility/perplexity": 11.0}, {"key": "twin", "size_bytes": 1, "utility/perplexity": 30.0},
+        {"key": "unknown", "size_bytes": 0.5, "utility/perplexity": None},
+    ]  # fmt: skip
+    assert frontier_keys(rows) == ["small", "good", "twin"]
+
+
+def test_sync_writes_the_record_again(tiny, tmp_path):
+    """After a sweep without W&B, `sync` makes the runs from the record alone."""
+    from conftest import comptrust
+
+    results = tmp_path / "results"
+    config = small(tiny, results, "disabled")
+    assert drive(config, results).returncode == 1
+    assert not (results / "wandb").exists()
+    env = {k: v for k, v in os.environ.items() if k == "WANDB_API_KEY"}
+    assert not env
+    config_file = next((results / "sweeps").glob("*.json"))
+    stored = json.loads(config_file.read_text())
+    stored["config"]["wandb"]["mode"] = "offline"
+    config_file.write_text(json.dumps(stored))
+    done = comptrust("sync", str(results))
+    assert done.returncode == 0, done.stderr
+    runs = [read_offline(p) for p in (results / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert {r["job_type"] for r in runs} == {"cell", "sweep"} and len(runs) == 5

@@ -1,0 +1,265 @@
+"""Exported checkpoints give the logits of the cell in memory, in a fresh process; artefacts come back bit for bit."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from comptrust.actors.cell import Cell
+from comptrust.actors.compress import compress
+from comptrust.actors.compress.artifacts import ArtifactCache, dump, restore
+from comptrust.actors.compress.export import export, load_packed
+from comptrust.actors.errors import BadInput
+from comptrust.kernels.formats import unpack
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TOKENS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+#: What a fresh process does with each (folder, dtype): load with plain transformers, run once, save logits.
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+tokens = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+for pair in sys.argv[1:]:
+    folder, dtype = pair.rsplit(":", 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        torch.save(model(tokens).logits.float(), folder + ".logits")
+"""
+#: name -> (method, parameters, dtype, format that `auto` chooses)
+CASES = {
+    "int4": ("rtn", {"bits": 4, "group_size": 32}, "float32", "compressed-tensors"),
+    "int4-asymmetric": ("rtn", {"bits": 4, "group_size": 32, "symmetric": False}, "float32", "compressed-tensors"),
+    "int3-asymmetric": ("rtn", {"bits": 3, "group_size": 32, "symmetric": False}, "float32", "compressed-tensors"),
+    "int8-skip": ("gptq", {"bits": 8, "group_size": None, "skip": ["*.1.mlp.*"]}, "float32", "compressed-tensors"),
+    "mixed-bits": (
+        "gptq",
+        {"bits": 4, "group_size": 32, "overrides": {"*.down_proj": {"bits": 8}}},
+        "float32",
+        "compressed-tensors",
+    ),
+    "int4-bfloat16": ("rtn", {"bits": 4, "group_size": 32}, "bfloat16", "compressed-tensors"),
+    "2:4": ("wanda", {"pattern": "2:4"}, "float32", "dense"),
+    "nf4": ("nf4", {}, "float32", "bitsandbytes"),
+    "nf4-double": ("nf4", {"double_quant": True}, "float32", "bitsandbytes"),
+    "fp4": ("fp4", {}, "float32", "bitsandbytes"),
+    "int8-bitsandbytes": ("llm_int8", {}, "float32", "bitsandbytes"),
+    "dense": ("dense", {}, "float32", "dense"),
+    "dense-untied": ("dense", {}, "float32", "dense"),
+}
+
+
+def tiny(dtype=torch.float32, tied=True):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(TOKENS).logits.float()
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Every case exported here and loaded by one fresh process: (in memory, format, logits before, logits after)."""
+    root, made = tmp_path_factory.mktemp("reload"), {}
+    for name, (method, params, dtype, _) in CASES.items():
+        compressed = compress(tiny(getattr(torch, dtype), tied=name != "dense-untied"), method, params, TOKENS)
+        folder = root / name.replace(":", "-")
+        done = export(compressed, None, folder)
+        made[name] = (done.format, logits(compressed.model), folder, dtype)
+    pairs = [f"{folder}:{dtype}" for _, _, folder, dtype in made.values()]
+    run = subprocess.run([sys.executable, "-c", RELOAD, *pairs], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return {
+        n: (form, before, torch.load(f"{folder}.logits", weights_only=True)) for n, (form, before, folder, _) in made.items()
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fresh_process_gives_the_same_logits(reloaded, name):
+    format, before, after = reloaded[name]
+    assert format == CASES[name][3]
+    # In bfloat16 readers multiply code and scale in 8 bits of mantissa; we round that product once from float32.
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-2 if "bfloat16" in name else 1e-5)
+
+
+def _unpack_gptq(t, name, bits, old):
+    """The layout read with numpy alone, from its description in AutoGPTQ."""
+    mask = 2**bits - 1
+    shifts = np.arange(0, 32, bits)
+    words = t[f"{name}.qweight"].numpy().view(np.uint32).astype(np.int64)
+    codes = ((words[:, None, :] >> shifts[None, :, None]) & mask).reshape(-1, words.shape[1])
+    zeros = t[f"{name}.qzeros"].numpy().view(np.uint32).astype(np.int64)
+    zeros = ((zeros[:, :, None] >> shifts) & mask).reshape(zeros.shape[0], -1) + int(old)
+    scales, index = t[f"{name}.scales"].float().numpy(), t[f"{name}.g_idx"].numpy()
+    return torch.from_numpy(((codes - zeros[index]) * scales[index]).T.astype(np.float32))
+
+
+def _unpack_awq(t, name, group):
+    order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def read(key):
+        words = t[f"{name}.{key}"].numpy().view(np.uint32).astype(np.int64)
+        return ((words[:, :, None] >> np.arange(0, 32, 4)) & 15)[:, :, order].reshape(words.shape[0], -1)
+
+    codes, zeros = read("qweight"), read("qzeros")
+    index = np.arange(codes.shape[0]) // group
+    return torch.from_numpy(((codes - zeros[index]) * t[f"{name}.scales"].float().numpy()[index]).T.astype(np.float32))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "order"), [(4, "none"), (8, "group-aware"), (4, "act")])
+def test_gptq_layout_holds_the_weights(model, tmp_path, bits, order, symmetric):
+    params = {"bits": bits, "group_size": 32, "symmetric": symmetric, "order": order}
+    compressed = compress(model, "gptq", params, TOKENS)
+    done = export(compressed, None, tmp_path / "out", format="auto" if order == "act" else "gptq")
+    assert done.format == "gptq"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["desc_act"] == (order == "act") and config["bits"] == bits
+    for name in compressed.stored:
+        W = _unpack_gptq(tensors, name, bits, config["checkpoint_format"] == "gptq")
+        assert torch.equal(W, compressed.model.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_awq_layout_holds_the_weights(model, tmp_path, symmetric):
+    compressed = compress(model, "rtn", {"bits": 4, "group_size": 32, "symmetric": symmetric})
+    export(compressed, None, tmp_path / "out", format="awq")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name in compressed.stored:
+        assert torch.equal(_unpack_awq(tensors, name, 32), compressed.model.get_submodule(name).weight)
+
+
+def test_pruned_layers_lie_packed_beside_the_dense_ones(model, tmp_path):
+    for method, params in (("magnitude", {"pattern": "2:4"}), ("wanda", {"sparsity": 0.6})):
+        compressed = compress(model, method, params, TOKENS)
+        done = export(compressed, None, tmp_path / method)
+        packed = load_packed(done.path / "packed.safetensors")
+        assert packed.keys() == compressed.stored.keys()
+        for name, layer in packed.items():
+            assert torch.equal(unpack(layer), compressed.model.get_submodule(name).weight)
+        assert (done.path / "packed.safetensors").stat().st_size < 0.8 * sum(
+            4 * s.shape[0] * s.shape[1] for s in compressed.stored.values()
+        )
+
+
+def test_the_card_names_the_cell_and_what_was_measured(model, tmp_path):
+    cell = Cell(
+        model="org/name@main", revision="c0ffee", method="rtn", params={"bits": 4}, calibration_digest="d1735", evaluation="e"
+    )
+    compressed = compress(model, "rtn", {"bits": 4, "group_size": 32})
+    done = export(
+        compressed, None, tmp_path / "out", cell=cell, measured={"perplexity": 12.345678, "trust": 61.0, "mmlu": None}
+    )
+    text = (done.path / "README.md").read_text()
+    for part in ("base_model: org/name", cell.artifact_key, cell.key, "d1735", "| perplexity | 12.35 |", "| trust | 61 |"):
+        assert part in text
+    assert "mmlu" not in text
+
+
+def test_what_no_format_holds_is_refused_before_anything_is_written(model, tmp_path):
+    act = compress(model, "gptq", {"bits": 4, "group_size": 32, "order": "act"}, TOKENS)
+    three = compress(model, "rtn", {"bits": 3, "group_size": 32})
+    pruned = compress(model, "magnitude", {"sparsity": 0.5})
+    for compressed, format, what in (
+        (act, "compressed-tensors", "act-order"),
+        (act, "awq", "act-order"),
+        (three, "awq", "4-bit"),
+        (pruned, "gptq", "integer codes"),
+        (pruned, "bitsandbytes", "bitsandbytes"),
+        (pruned, "onnx", "unknown format"),
+    ):
+        with pytest.raises(BadInput, match=what):
+            export(compressed, None, tmp_path / "out", format=format)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadInput, match="not an empty directory"):
+        export(pruned, None, tmp_path / "full")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("rtn", {"bits": 3, "group_size": 32, "symmetric": False}),
+        ("gptq", {"bits": 4, "group_size": 32, "order": "act"}),
+        ("sparsegpt", {"pattern": "2:4"}),
+    ],
+)
+def test_a_cached_artefact_is_the_same_bit_for_bit(model, tmp_path, method, params):
+    made = compress(model, method, params, TOKENS)
+    cache = ArtifactCache(tmp_path, 10**8)
+    assert cache.get("k") is None
+    assert cache.put("k", *dump(made, model))
+    back = restore(model, *cache.get("k"))
+    assert torch.equal(logits(back.model), logits(made.model))
+    assert (back.layers, back.size_bytes, back.bits_per_weight, back.sparsity_reached, back.parameters, back.seconds) == (
+        made.layers, made.size_bytes, made.bits_per_weight, made.sparsity_reached, made.parameters, made.seconds,
+    )  # fmt: skip
+    for name, s in made.stored.items():
+        assert back.stored[name].shape == s.shape and back.stored[name].format == s.format
+        for part in ("codes", "scale", "zero", "group_index"):
+            ours, theirs = getattr(s, part), getattr(back.stored[name], part)
+            assert theirs is None if ours is None else torch.equal(ours, theirs)
+    assert back.model.model.embed_tokens.weight is model.model.embed_tokens.weight
+    if method == "rtn":  # 3-bit codes in a byte each, not four bytes of weights
+        assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) < made.parameters * 1.5
+
+
+def test_replaced_modules_are_not_cached(model):
+    assert dump(compress(model, "nf4", {}), model) is None
+
+
+def test_the_least_recently_used_artefact_goes_first(tmp_path):
+    cache = ArtifactCache(tmp_path, 4000)
+    block = {"t": torch.zeros(256)}  # 1 KiB and a header
+    for key in "abc":
+        assert cache.put(key, block, {})
+    assert cache.get("a") is not None
+    assert cache.put("d", block, {"n": 1}) and cache.get("d")[1] == {"n": 1}
+    assert [cache.get(k) is not None for k in "abcd"] == [True, False, True, True]
+    assert not cache.put("huge", {"t": torch.zeros(2000)}, {})
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) <= 4000
+
+
+def test_a_damaged_artefact_counts_as_absent(tmp_path):
+    cache = ArtifactCache(tmp_path, 10**6)
+    cache.put("k", {"t": torch.zeros(100)}, {})
+    path = tmp_path / "k.safetensors"
+    path.write_bytes(path.read_bytes()[:150])
+    assert cache.get("k") is None and not path.exists()
+
+
+def _hammer(root, worker):
+    cache = ArtifactCache(root, 20_000)
+    for i in range(20):
+        key = f"k{(worker + i) % 5}"
+        found = cache.get(key)
+        assert found is None or bool((found[0]["t"] == found[1]["value"]).all())
+        cache.put(key, {"t": torch.full((1000,), float(worker))}, {"value": worker})
+
+
+def test_processes_share_a_cache(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_hammer, args=(tmp_path, w)) for w in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert [w.exitcode for w in workers] == [0] * 4
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) <= 20_000
+    assert not [p for p in tmp_path.glob(".*") if p.name != ".lock"]
