@@ -120,10 +120,10 @@ def run(model: nn.Module, tokens: Tensor, method: str, **knobs) -> None:
     for layer in body.layers:
         linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
         seen = {m: Inputs(m, method != "wanda") for m in linears}
-        hooks = [m.register_forward_pre_hook(lambda m, args: seen[m].add(args[0])) for m in linears]
+        hooks = [m.register_forward_pre_hook(lambda m, args, seen=seen: seen[m].add(args[0])) for m in linears]
 
-        def forward(h: Tensor) -> Tensor:
-            return layer(h, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)  # noqa: B023
+        def forward(h: Tensor, layer: nn.Module = layer) -> Tensor:
+            return layer(h, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)
 
         for h in hidden:
             forward(h)

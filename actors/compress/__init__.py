@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from . import awq, bitsandbytes_, engine, gblm, gptq, magnitude, rtn, smoothquant, sparsegpt, wanda
 from .base import Compressed, MethodConfig, MethodSpec, Progress, StoredLinear
-from .structure import decoder_blocks, linears_of
+from .structure import decoder_blocks, named_linears
 
 __all__ = [
     "METHODS",
@@ -182,4 +182,4 @@ def _linears(config_json: str) -> tuple[tuple[str, int], ...]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     prefix, blocks = decoder_blocks(model)
-    return tuple((f"{prefix}.{b}.{n}", m.in_features) for b, block in enumerate(blocks) for n, m in linears_of(block).items())
+    return tuple((name, m.in_features) for name, m in named_linears(prefix, blocks).items())

@@ -1,8 +1,9 @@
 """AWQ: scale up the inputs that matter before rounding, fold the inverse scale into what produces them.
 
-Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978, section 3.2:
-s = mean|x|^r over a grid of r in [0, 1), here with the weights' share in it as its authors' code has (`duo`). The loss of a point,
-||(Q(W s) / s - W) X||^2, is tr(D H D') with H = X'X, so that no module runs again and the number of tokens does not matter.
+Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and
+Acceleration", arXiv:2306.00978, section 3.2:
+s = mean|x|^r over a grid of r in [0, 1), here with the weights' share in it as its authors' code has (`duo`). The loss of a
+point, ||(Q(W s) / s - W) X||^2, is tr(D H D') with H = X'X: no module runs again and the number of tokens does not matter.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class AwqConfig(MethodConfig):
 
 
 def round_scaled(W_OI: Tensor, bits: int, group: int, symmetric: bool, shrink: Tensor | float = 1.0) -> tuple[Tensor, ...]:
-    """(weights, codes, scale, zero) of ``W_OI`` on grids fitted to ``shrink`` times each group's range, all [O, G, g] or [O, G, 1]."""
+    """(weights, codes, scale, zero) of ``W_OI`` on grids fitted to ``shrink`` times each group's range: [O, G, g or 1]."""
     W = W_OI.view(len(W_OI), -1, group)
     scale, zero = grid.fit(W * shrink, bits, symmetric, dim=2)
     codes = grid.quantise(W, scale, zero, bits)

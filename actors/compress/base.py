@@ -148,7 +148,7 @@ class StoredLinear:
         """The exact weights [O, I] float32 of the codes, before ``input_scale``; ValueError without codes."""
         if self.codes is None or self.scale is None:
             raise ValueError(f"{self.name} holds no codes")
-        O, I = self.shape
+        I = self.shape[1]
         index = self.group_index
         if index is None:
             index = torch.arange(I, device=self.codes.device) // (self.group_size or I)
@@ -176,7 +176,6 @@ class Inputs:
 
     names: list[str]
     outs: list[int]  # outputs of each linear, in the order they are stacked along O
-    tokens: int = 0
     gram: Tensor | None = None  # [I, I] float32: X'X
     norm: Tensor | None = None  # [I] float32: ||X_i||_2
     mean_abs: Tensor | None = None  # [I] float32
@@ -225,9 +224,9 @@ class Compressed:
 def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, nonzero: int, quantised: bool = False) -> int:
     """Bytes of the values of one linear as `comptrust.kernels.formats` packs them, with masks or indices, without scales.
 
-    2:4 (and 1:2, which is a case of it): half the values and two 2-bit positions a group of 4; 4:8 and 8:16: half the values and
-    4-bit positions; anything else: the non-zeros, a bitmap and row offsets, or dense where that is smaller. Pruned weights that
-    are quantised as well pack only as 2:4 with 4 bit; elsewhere every position costs its ``bits``.
+    2:4 (and 1:2, which is a case of it): half the values and two 2-bit positions a group of 4; 4:8 and 8:16: half the values
+    and 4-bit positions; anything else: the non-zeros, a bitmap and row offsets, or dense where that is smaller. Pruned
+    weights that are quantised as well pack only as 2:4 with 4 bit; elsewhere every position costs its ``bits``.
     """
     O, I = shape
     dense = math.ceil(O * I * bits / 32) * 4

@@ -1,6 +1,7 @@
 """LLM.int8, NF4 and FP4 by bitsandbytes: its modules take the place of the linears and compute as they do in deployment.
 
-Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339; Dettmers et al. 2023, "QLoRA", arXiv:2305.14314 (NF4, double quantisation).
+Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339; Dettmers et al. 2023, "QLoRA", arXiv:2305.14314 (NF4, FP4, double
+quantisation).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class FourBitConfig(MethodConfig):
         # Blocks run along the flattened weight, but bitsandbytes 0.50's CPU kernel reads scales as if each row began a new one:
         # where the block size does not divide a row the weights come back wrong, with no error.
         if inputs % self.block_size:
-            return f"block size {self.block_size} does not divide the {inputs} inputs of {name}: bitsandbytes reads wrong scales there"
+            why = "bitsandbytes reads wrong scales there"
+            return f"block size {self.block_size} does not divide the {inputs} inputs of {name} ({why})"
         return super().misfit(name, inputs)
 
 
@@ -47,8 +49,8 @@ def int8(linear: nn.Linear, config: LlmInt8Config) -> nn.Module:
     import bitsandbytes as bnb
 
     module = bnb.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False, threshold=config.threshold,
-        device="meta",
+        linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False,
+        threshold=config.threshold, device="meta",
     )  # fmt: skip
     device = linear.weight.device
     module.weight = bnb.nn.Int8Params(linear.weight.data.cpu().clone(), requires_grad=False, has_fp16_weights=False).to(device)

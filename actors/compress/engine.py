@@ -1,17 +1,17 @@
 """The block-wise engine: one forward over the decoder, one block on the device at a time, several cells in one pass.
 
-The calibration batch goes through each block once. A hook on the first linear of every group that shares an input sees all of it,
-gathers what the method asks for and compresses the group before it runs, so that what follows already sees compressed inputs
-(true-sequential order, without a second forward). Where the batch does not fit, the block runs chunk by chunk up to each group
-in turn, with the same result up to the order of sums.
+The calibration batch goes through each block once. A hook on the first linear of every group that shares an input sees all of
+it, gathers what the method asks for and compresses the group before it runs, so that what follows already sees compressed
+inputs (true-sequential order, without a second forward). Where the batch does not fit, the block runs chunk by chunk up to each
+group in turn, with the same result up to the order of sums.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,43 +19,43 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, CellError
 from . import bitsandbytes_
-from .base import (
-    Compressed,
-    Inputs,
-    MethodConfig,
-    MethodSpec,
-    Progress,
-    PruningConfig,
-    Solution,
-    StoredLinear,
-    element_bytes,
-    packed_bytes,
-)
-from .grid import half_exact
+from .base import Compressed, Inputs, MethodConfig, MethodSpec, Progress, Solution, StoredLinear
 from .statistics import Statistics
-from .structure import Group, Stop, Walk, apply_fold, clone, decoder_blocks, discover, linears_of, on_device, record, to_device
+from .storing import fold_scale, layer_row, put, totals
+from .structure import (
+    Group,
+    Stop,
+    Walk,
+    clone,
+    decoder_blocks,
+    discover,
+    linears_of,
+    named_linears,
+    on_device,
+    record,
+    to_device,
+)
 
 #: Calibration activations of one block held at once; a constant, so that a rerun on the same machine splits the same way.
 CPU_BUDGET = 4 * 2**30
 GPU_SHARE = 0.4
+#: What decides which statistics a set of linears can share: their names and the token clip.
+Key = tuple[frozenset[str], float | None]
 
 
 @dataclass
-class _Cell:
+class Cell:
+    """One compression under way."""
+
     spec: MethodSpec
     config: MethodConfig
     model: nn.Module
     blocks: nn.ModuleList
-    hidden: list[Tensor] = field(default_factory=list)  # a chunk each
+    hidden: list[Tensor] = field(default_factory=list)  # input of the next block, a chunk each
     context: Any = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     stored: dict[str, StoredLinear] = field(default_factory=dict)
-    zeros: int = 0
     seconds: float = 0.0
-
-    @property
-    def calibrated(self) -> bool:
-        return self.spec.needs_calibration
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -64,104 +64,104 @@ class _Cell:
         self.seconds += time.perf_counter() - start
 
 
+@torch.no_grad()
 def run(
     model: nn.Module,
-    cells: Sequence[tuple[MethodSpec, MethodConfig]],
+    specs: Sequence[tuple[MethodSpec, MethodConfig]],
     tokens: Tensor | None,
     *,
     device: torch.device | None = None,
     progress: Progress | None = None,
     chunk_tokens: int | None = None,
 ) -> list[Compressed]:
-    """Compress ``model`` once for each of ``cells``; configurations are taken as valid. See `comptrust.actors.compress.compress`."""
+    """Compress ``model`` once for each of ``specs``, whose parameters are valid in themselves. See `compress.compress_many`."""
     start = time.perf_counter()
-    prefix, dense_blocks = decoder_blocks(model)
-    widest = max(m.in_features for b in dense_blocks for m in linears_of(b).values())
-    work = []
-    for spec, config in cells:
-        if spec.needs_calibration:
-            check_tokens(spec, config, tokens, widest)
+    prefix, blocks = decoder_blocks(model)
+    linears = named_linears(prefix, blocks)
+    for spec, config in specs:
+        check_fit(spec, config, linears, tokens)
+    cells = []
+    for spec, config in specs:
         copy = model if spec.name == "dense" else clone(model).eval()
-        blocks = copy.get_submodule(prefix)
-        work.append(_Cell(spec, config, copy, blocks))
-        for name, linear in _named(prefix, dense_blocks):
-            layer = config.for_layer(name)
-            if layer is not None and (why := layer.impossible() or layer.misfit(name, linear.in_features)):
-                raise BadInput(f"{spec.name}: {why}", where="params")
-    active = [c for c in work if c.spec.name != "dense"]
-    home = next(dense_blocks.parameters()).device
-    device = device if device is not None else home
-    with torch.no_grad():
-        linears = dict(_named(prefix, dense_blocks))
+        cells.append(Cell(spec, config, copy, copy.get_submodule(prefix)))
+    active = [c for c in cells if c.spec.name != "dense"]
+    home = next(blocks.parameters()).device
+    device = device or home
+    for cell in active:
+        if cell.spec.prepare:
+            chosen = {n: m for n, m in linears.items() if cell.config.for_layer(n)}
+            with cell.clock(), torch.enable_grad():
+                cell.context = cell.spec.prepare(model, chosen, cell.config, tokens=tokens, device=device, progress=progress)
+    calibrated = [c for c in active if c.spec.needs_calibration]
+    walk, arguments = Walk(), []
+    if calibrated:
+        walk, first, arguments = _capture(model, prefix, tokens, calibrated, device, chunk_tokens)
+        for cell in calibrated:
+            cell.hidden = list(first)
+        del first
+    for b in range(len(blocks)):
+        shared: dict[Key, Statistics] = {}  # cells enter the first block with the same inputs
+        moved: dict[int, nn.Parameter] = {}
         for cell in active:
-            if cell.spec.prepare:
-                with cell.clock(), torch.enable_grad():
-                    cell.context = cell.spec.prepare(
-                        model, {n: m for n, m in linears.items() if cell.config.for_layer(n)}, cell.config,
-                        tokens=tokens, device=device, progress=progress,
-                    )  # fmt: skip
-        calibrated = [c for c in active if c.calibrated]
-        arguments: list[list[dict]] = []
-        walk = Walk()
-        if calibrated:
-            shell = clone(model).eval()
-            shell_blocks = shell.get_submodule(prefix)
-            tokens = tokens.to(next(model.parameters()).device)
-            walk = discover(shell, shell_blocks, tokens[:1, :8], folds=any(c.spec.folds for c in calibrated))
-            chunks = list(tokens.split(_chunk_rows(dense_blocks[0], tokens, device, chunk_tokens)))
-            first = []
-            for chunk in chunks:
-                hidden, kwargs = record(shell, shell_blocks, chunk)
-                first.append(hidden.to(device if len(chunks) == 1 else home))
-                arguments.append(kwargs)
-            for cell in calibrated:
-                cell.hidden = list(first)
-            del first
-        for b in range(len(dense_blocks)):
-            shared: dict[Any, Statistics] = {}
-            moved: dict[int, nn.Parameter] = {}
-            for cell in active:
-                with cell.clock(), on_device(cell.blocks[b], device, moved):
-                    name = f"{prefix}.{b}."
-                    if cell.calibrated:
-                        kwargs = [to_device(a[b], device) for a in arguments]
-                        _calibrated_block(cell, b, name, walk, kwargs, shared if b == 0 else {}, device)
-                    else:
-                        _weights_only_block(cell, cell.blocks[b], name)
-            if progress:
-                progress("compress", b + 1, len(dense_blocks))
+            with cell.clock(), on_device(cell.blocks[b], device, moved):
+                name = f"{prefix}.{b}."
+                if cell in calibrated:
+                    groups = walk.of(cell.blocks[b])
+                    kwargs = [to_device(a[b], device) for a in arguments]
+                    step = BlockPass(cell, cell.blocks[b], name, groups, kwargs, device, shared if b == 0 else {})
+                    step.run(last=b == len(blocks) - 1)
+                else:
+                    _weights_only(cell, cell.blocks[b], name)
+        if progress:
+            progress("compress", b + 1, len(blocks))
     common = time.perf_counter() - start - sum(c.seconds for c in active)
     out = []
-    for cell in work:
-        done = _totals(cell, model)
-        done.seconds = cell.seconds + (common / len(active) if cell in active else 0.0)
+    for cell in cells:
+        done = totals(cell.model, model, cell.config, cell.stored, cell.layers)
+        done.seconds = cell.seconds + common / len(cells)
         out.append(done)
     return out
 
 
-def check_tokens(spec: MethodSpec, config: MethodConfig, tokens: Tensor | None, widest: int) -> None:
-    """BadInput if ``spec`` cannot work with these calibration tokens: none, the wrong shape or type, or too few."""
+def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Linear], tokens: Tensor | None) -> None:
+    """BadInput if ``config`` does not fit these linears, or the tokens are none, of the wrong shape or type, or too few."""
+    for name, linear in linears.items():
+        layer = config.for_layer(name)
+        if layer is not None and (why := layer.impossible() or layer.misfit(name, linear.in_features)):
+            raise BadInput(f"{spec.name}: {why}", where="params")
+    if not spec.needs_calibration:
+        return
+    form = "Give int64 token ids [samples, seqlen]"
     if tokens is None:
-        raise BadInput(f"{spec.name} needs calibration tokens", where="calibration", fix="Give token ids [samples, seqlen]")
+        raise BadInput(f"{spec.name} needs calibration tokens", where="calibration", fix=form)
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
-        raise BadInput(
-            f"calibration tokens are {tokens.dtype} {list(tokens.shape)}",
-            where="calibration",
-            fix="Give int64 token ids [samples, seqlen]",
-        )
+        raise BadInput(f"calibration tokens are {tokens.dtype} {list(tokens.shape)}", where="calibration", fix=form)
+    widest = max(m.in_features for m in linears.values())
     need = spec.min_tokens(config, widest)
     if tokens.numel() < need:
         raise BadInput(
-            f"{spec.name} builds a {widest} x {widest} Hessian from {tokens.numel()} calibration tokens and needs at least {need}",
+            f"{spec.name} builds a {widest} x {widest} Hessian: it needs {need} calibration tokens or more, not {tokens.numel()}",
             where="calibration",
             fix=f"Raise samples to {-(-need // tokens.shape[1])} at this sequence length",
         )
 
 
-def _named(prefix: str, blocks: nn.ModuleList) -> Iterator[tuple[str, nn.Linear]]:
-    for b, block in enumerate(blocks):
-        for name, linear in linears_of(block).items():
-            yield f"{prefix}.{b}.{name}", linear
+def _capture(
+    model: nn.Module, prefix: str, tokens: Tensor, cells: list[Cell], device: torch.device, chunk_tokens: int | None
+) -> tuple[Walk, list[Tensor], list[list[dict]]]:
+    """Groups of each block; the first block's inputs and every block's keyword arguments, by chunk of the calibration set."""
+    shell = clone(model).eval()
+    blocks = shell.get_submodule(prefix)
+    home = next(blocks.parameters()).device
+    tokens = tokens.to(next(model.parameters()).device)
+    walk = discover(shell, blocks, tokens[:1, :8], folds=any(c.spec.folds for c in cells))
+    chunks = tokens.split(_chunk_rows(blocks[0], tokens, device, chunk_tokens))
+    first, arguments = [], []
+    for chunk in chunks:
+        hidden, kwargs = record(shell, blocks, chunk)
+        first.append(hidden.to(device if len(chunks) == 1 else home))
+        arguments.append(kwargs)
+    return walk, first, arguments
 
 
 def _chunk_rows(block: nn.Module, tokens: Tensor, device: torch.device, chunk_tokens: int | None) -> int:
@@ -175,240 +175,151 @@ def _chunk_rows(block: nn.Module, tokens: Tensor, device: torch.device, chunk_to
     return max(1, chunk_tokens // tokens.shape[1])
 
 
-def _weights_only_block(cell: _Cell, block: nn.Module, prefix: str) -> None:
+def _replace_linears(cell: Cell, block: nn.Module, prefix: str) -> dict[str, tuple[nn.Linear, nn.Module, MethodConfig]]:
+    """Put the method's own modules in place; what was there and what is, by name."""
+    out = {}
+    for name, linear in linears_of(block).items():
+        if (config := cell.config.for_layer(prefix + name)) is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, module := cell.spec.replace(linear, config))
+            out[name] = (linear, module, config)
+    return out
+
+
+def _weights_only(cell: Cell, block: nn.Module, prefix: str) -> None:
+    """Methods that need no calibration. Their layer error is ||W - W'|| / ||W||, that of white inputs."""
+    if cell.spec.solve is None:
+        for name, (linear, module, config) in _replace_linears(cell, block, prefix).items():
+            cell.stored[prefix + name] = stored = bitsandbytes_.stored(prefix + name, module, config)
+            cell.layers.append(layer_row(stored, bitsandbytes_.weight_error(linear.weight, module)))
+        return
     for name, linear in linears_of(block).items():
         config = cell.config.for_layer(prefix + name)
-        if config is None:
-            continue
-        if cell.spec.solve is None:
-            module = cell.spec.replace(linear, config)
-            parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, module)
-            cell.stored[prefix + name] = stored = bitsandbytes_.stored(prefix + name, module, config)
-            _row(cell, stored, bitsandbytes_.weight_error(linear.weight, module))
-            continue
-        W_OI = linear.weight.float()
-        inputs = Inputs([prefix + name], [linear.out_features], context=cell.context)
-        solution = cell.spec.solve(W_OI, inputs, config)
-        _put(
-            cell, linear, prefix + name, solution, config, slice(None), error=float((W_OI - solution.W_OI).norm() / W_OI.norm())
-        )
+        if config is not None:
+            W_OI = linear.weight.float()
+            solution = cell.spec.solve(W_OI, Inputs([prefix + name], [linear.out_features], context=cell.context), config)
+            error = (W_OI - solution.W_OI).norm() / W_OI.norm().clamp_min(1e-30)
+            _keep(cell, linear, prefix + name, solution, config, slice(None), float(error))
 
 
-def _calibrated_block(
-    cell: _Cell, b: int, prefix: str, walk: Walk, kwargs: list[dict], shared: dict[Any, Statistics], device: torch.device
+def _keep(
+    cell: Cell, linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, rows: slice, error: float
 ) -> None:
-    block = cell.blocks[b]
-    groups = walk.of(block)
-    last = b == len(cell.blocks) - 1
-    if cell.spec.replace:
-        for name, linear in linears_of(block).items():
-            if (config := cell.config.for_layer(prefix + name)) is not None:
-                parent, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, cell.spec.replace(linear, config))
-    folds: list[tuple[Group, list[tuple[str, Solution]], Tensor]] = []
+    cell.stored[name] = stored = put(linear, name, solution, config, rows, cell.spec.format)
+    sparsity = None if stored.pattern is None else 1 - float(torch.count_nonzero(linear.weight)) / linear.weight.numel()
+    cell.layers.append(layer_row(stored, error, sparsity))
 
-    def solve(k: int, X_chunks: Sequence[Tensor]) -> None:
-        folds.extend(_solve_group(cell, block, prefix, groups[k], X_chunks, shared if k == 0 else {}))
 
-    def forward(i: int, stop_at: int | None, seen: Callable[[int, Tensor], None]) -> Tensor | None:
-        """Chunk ``i`` through the block; ``seen`` at every group (or only at ``stop_at``, which ends it)."""
+@dataclass
+class BlockPass:
+    """One cell's calibration set going through one block."""
+
+    cell: Cell
+    block: nn.Module
+    prefix: str
+    groups: list[Group]
+    kwargs: list[dict]  # a chunk each
+    device: torch.device
+    shared: dict[Key, Statistics]  # of the first group
+    folds: list[tuple[Group, list[str], Tensor]] = field(default_factory=list)
+
+    def run(self, *, last: bool) -> None:
+        cell = self.cell
+        if cell.spec.replace:
+            _replace_linears(cell, self.block, self.prefix)
+        if len(self.kwargs) == 1:
+            out = self.forward(0, range(len(self.groups)), self.solve_at_once, stop=last)
+            cell.hidden = [] if out is None else [out]
+        else:
+            for k in range(len(self.groups)):
+                self.solve_by_chunks(k)
+            if not last:
+                cell.hidden = [self.forward(i, (), None).to(h.device) for i, h in enumerate(cell.hidden)]
+        for group, names, scale_I in self.folds:
+            fold_scale(cell.stored, self.block, self.prefix, group.fold, names, scale_I)
+
+    def forward(
+        self, chunk: int, at: Sequence[int], seen: Callable[[int, Tensor], None] | None, *, stop: bool = False
+    ) -> Tensor | None:
+        """A chunk through the block, ``seen(k, input)`` at groups ``at``; ``stop``: no further than the last of them (None)."""
 
         def hook(k: int) -> Callable:
             def call(_: nn.Module, args: tuple) -> None:
                 seen(k, args[0])
-                if k == stop_at:
+                if stop and k == at[-1]:
                     raise Stop
 
             return call
 
-        at = range(len(groups)) if stop_at is None or len(kwargs) == 1 else [stop_at]
-        hooks = [block.get_submodule(groups[k].linears[0]).register_forward_pre_hook(hook(k)) for k in at]
-        try:
-            return block(cell.hidden[i].to(device), **kwargs[i])
-        except Stop:
-            return None
-        finally:
-            for h in hooks:
-                h.remove()
+        with ExitStack() as hooks:
+            for k in at:
+                first = self.block.get_submodule(self.groups[k].linears[0])
+                hooks.callback(first.register_forward_pre_hook(hook(k)).remove)
+            try:
+                return self.block(self.cell.hidden[chunk].to(self.device), **self.kwargs[chunk])
+            except Stop:
+                return None
 
-    if len(kwargs) == 1:
-        # After the last group of the last block nothing more is needed.
-        out = forward(0, len(groups) - 1 if last else None, lambda k, X: solve(k, [X]))
-        cell.hidden = [] if out is None else [out]
-    else:
-        for k in range(len(groups)):
-            # The inputs of one group are gathered chunk by chunk; only their statistics stay.
-            _solve_streamed(
-                cell,
-                block,
-                prefix,
-                groups[k],
-                shared if k == 0 else {},
-                folds,
-                len(kwargs),
-                lambda i, see, k=k: forward(i, k, see),
+    def solve_at_once(self, k: int, X: Tensor) -> None:
+        accumulators = self.accumulators(k)
+        for a in accumulators.values():
+            if not a.tokens:
+                a.add(X)
+        self.solve(k, accumulators)
+
+    def solve_by_chunks(self, k: int) -> None:
+        """The inputs of one group, chunk by chunk; only their statistics stay."""
+        accumulators = self.accumulators(k)
+        if empty := [a for a in accumulators.values() if not a.tokens]:
+            for chunk in range(len(self.kwargs)):
+                self.forward(chunk, [k], lambda _, X: [a.add(X) for a in empty], stop=True)
+        self.solve(k, accumulators)
+
+    def parts(self, k: int) -> list[tuple[MethodConfig, list[str]]]:
+        """The linears of group ``k`` that are compressed, by the parameters that hold for them."""
+        parts: list[tuple[MethodConfig, list[str]]] = []
+        for name in self.groups[k].linears:
+            config = self.cell.config.for_layer(self.prefix + name)
+            same = [names for known, names in parts if known == config]
+            if same:
+                same[0].append(name)
+            elif config is not None:
+                parts.append((config, [name]))
+        return parts
+
+    def key(self, config: MethodConfig) -> Key:
+        return frozenset(self.cell.spec.statistics(config)), getattr(config, "token_clip", None)
+
+    def accumulators(self, k: int) -> dict[Key, Statistics]:
+        """Statistics for group ``k``: empty, or those another cell already gathered from the same inputs."""
+        held = self.shared if k == 0 else {}
+        for wanted, clip in {self.key(config): None for config, _ in self.parts(k)}:
+            held.setdefault((wanted, clip), Statistics(self.prefix + self.groups[k].linears[0], set(wanted), clip))
+        return {key: held[key] for config, _ in self.parts(k) if (key := self.key(config))}
+
+    def solve(self, k: int, accumulators: dict[Key, Statistics]) -> None:
+        group, cell = self.groups[k], self.cell
+        for config, names in self.parts(k):
+            linears = [self.block.get_submodule(n) for n in names]
+            inputs = Inputs(
+                [self.prefix + n for n in names],
+                [m.out_features for m in linears],
+                context=cell.context,
+                fold=group.fold if names == group.linears else None,  # a scale folds only if all that read the input share it
+                **accumulators[self.key(config)].finish(),
             )
-        if not last:
-            for i in range(len(kwargs)):
-                cell.hidden[i] = forward(i, None, lambda k, X: None).to(cell.hidden[i].device)
-    for group, solutions, scale_I in folds:
-        _fold(cell, block, prefix, group, solutions, scale_I)
-
-
-def _statistics_of(
-    cell: _Cell, prefix: str, group: Group
-) -> tuple[list[tuple[MethodConfig, list[str]]], dict[Any, Statistics]]:
-    """The linears of ``group`` by the parameters that hold for them, and an empty accumulator for each set asked for."""
-    parts: list[tuple[MethodConfig, list[str]]] = []
-    for name in group.linears:
-        config = cell.config.for_layer(prefix + name)
-        if config is None:
-            continue
-        for known, names in parts:
-            if known == config:
-                names.append(name)
-                break
-        else:
-            parts.append((config, [name]))
-    accumulators = {}
-    for config, _ in parts:
-        wanted, clip = cell.spec.statistics(config), getattr(config, "token_clip", None)
-        accumulators[(frozenset(wanted), clip)] = Statistics(prefix + group.linears[0], wanted, clip)
-    return parts, accumulators
-
-
-def _solve_group(cell, block, prefix, group, X_chunks, shared):
-    parts, accumulators = _statistics_of(cell, prefix, group)
-    for key, accumulator in accumulators.items():
-        if key in shared:
-            accumulators[key] = shared[key]
-        else:
-            for X in X_chunks:
-                accumulator.add(X)
-            shared[key] = accumulator
-    return _solve_parts(cell, block, prefix, group, parts, accumulators)
-
-
-def _solve_streamed(cell, block, prefix, group, shared, folds, chunks, run_chunk) -> None:
-    parts, accumulators = _statistics_of(cell, prefix, group)
-    todo = {k: a for k, a in accumulators.items() if k not in shared}
-    if todo:
-        for i in range(chunks):
-            run_chunk(i, lambda k, X: [a.add(X) for a in todo.values()])
-    shared.update(todo)
-    folds.extend(_solve_parts(cell, block, prefix, group, parts, {k: shared[k] for k in accumulators}))
-
-
-def _solve_parts(cell, block, prefix, group, parts, accumulators):
-    folds = []
-    for config, names in parts:
-        linears = [block.get_submodule(n) for n in names]
-        key = (frozenset(cell.spec.statistics(config)), getattr(config, "token_clip", None))
-        values = accumulators[key].finish()
-        fold = group.fold if len(names) == len(group.linears) else None  # a scale folds only if all readers share it
-        inputs = Inputs(
-            [prefix + n for n in names], [m.out_features for m in linears], tokens=accumulators[key].tokens, context=cell.context,
-            fold=fold, **values,
-        )  # fmt: skip
-        W_OI = torch.cat([m.weight for m in linears]).float()
-        solution = cell.spec.solve(W_OI, inputs, config)
-        effective = solution.W_OI if solution.input_scale is None else solution.W_OI / solution.input_scale
-        if not bool(torch.isfinite(effective.sum())):
-            raise CellError(f"{prefix}{names[0]}: {cell.spec.name} gave weights that are not finite")
-        pieces = []
-        low = 0
-        for name, linear in zip(names, linears, strict=True):
-            rows = slice(low, low + linear.out_features)
-            low = rows.stop
-            dense_RK = W_OI[rows] @ inputs.sketch
-            error = ((W_OI[rows] - effective[rows]) @ inputs.sketch).norm() / dense_RK.norm().clamp_min(1e-30)
-            _put(cell, linear, prefix + name, solution, config, rows, error=float(error))
-            pieces.append(name)
-        if solution.input_scale is not None and fold is not None:
-            folds.append((group, pieces, solution.input_scale))
-    return folds
-
-
-def _put(
-    cell: _Cell, linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, rows: slice, *, error: float
-) -> None:
-    """New weight for ``linear``, and its stored form and layer row."""
-    W_OI = solution.W_OI[rows]
-    scale_I = solution.input_scale
-    dtype = linear.weight.dtype
-    runtime_scale = hasattr(linear, "input_scale")  # modules that quantise activations divide their input themselves
-    weight = W_OI if scale_I is None or runtime_scale else W_OI / scale_I
-    linear.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
-    if runtime_scale:
-        linear.input_scale = scale_I
-    pruned = config.pattern if isinstance(config, PruningConfig) else None
-    bits = getattr(config, "bits", None)
-    value_bits = bits or 8 * linear.weight.element_size()
-    nonzero = int(torch.count_nonzero(linear.weight)) if pruned else W_OI.numel()
-    size = packed_bytes(W_OI.shape, bits=value_bits, pattern=pruned, nonzero=nonzero, quantised=solution.codes is not None)
-    codes = scale = zero = None
-    if solution.codes is not None:
-        codes, scale = solution.codes[rows], solution.scale[rows]
-        zero = None if solution.zero is None else solution.zero[rows]
-        size += 2 * scale.numel() + (0 if zero is None else zero.numel())
-        size += 0 if solution.group_index is None else element_bytes(solution.group_index)
-    stored = StoredLinear(
-        name, tuple(W_OI.shape), value_bits, codes, scale, zero,
-        group_size=getattr(config, "group_size", None) if codes is not None else None,
-        group_index=solution.group_index, input_scale=scale_I, pattern=pruned,
-        format=cell.spec.format if codes is not None or not pruned else "pruned",
-        size_bytes=size + (0 if scale_I is None else element_bytes(scale_I)),
-    )  # fmt: skip
-    cell.stored[name] = stored
-    if pruned:
-        cell.zeros += W_OI.numel() - nonzero
-    _row(cell, stored, error, sparsity=1 - nonzero / W_OI.numel() if pruned else None)
-
-
-def _row(cell: _Cell, stored: StoredLinear, error: float, sparsity: float | None = None) -> None:
-    weights = stored.shape[0] * stored.shape[1]
-    cell.layers.append({"layer": stored.name, "error": error, "sparsity": sparsity, "bits": 8 * stored.size_bytes / weights})
-
-
-def _fold(cell: _Cell, block: nn.Module, prefix: str, group: Group, names: list[str], scale_I: Tensor) -> None:
-    """Move the input scale of ``names`` into what produces their input, so that nothing divides at run time."""
-    apply_fold(block, group.fold, scale_I)
-    for name in names:
-        linear, stored = block.get_submodule(name), cell.stored[prefix + name]
-        linear.weight = nn.Parameter(stored.dequantise().to(linear.weight.dtype), requires_grad=False)
-        if hasattr(linear, "input_scale"):
-            linear.input_scale = None
-        cell.stored[prefix + name] = replace(stored, input_scale=None, size_bytes=stored.size_bytes - element_bytes(scale_I))
-    producer = cell.stored.get(prefix + group.fold.producer)
-    if producer is not None and producer.codes is not None:
-        # A quantised producer (v_proj, up_proj) keeps its codes: only the scales of its rows change.
-        s = scale_I if group.fold.repeat == 1 else scale_I.view(-1, group.fold.repeat, group.fold.head_dim)[:, 0].reshape(-1)
-        producer = replace(producer, scale=half_exact(producer.scale.float() / s[:, None]).half())
-        cell.stored[producer.name] = producer
-        linear = block.get_submodule(group.fold.producer)
-        linear.weight = nn.Parameter(producer.dequantise().to(linear.weight.dtype), requires_grad=False)
-
-
-def _totals(cell: _Cell, dense: nn.Module) -> Compressed:
-    """Bytes of the whole model: compressed linears as stored, everything else in the dtype it is held in, tied weights once."""
-    unique = {id(p): p for p in dense.parameters()}
-    whole = sum(element_bytes(p) for p in unique.values())
-    parameters = sum(p.numel() for p in unique.values())
-    replaced = sum(element_bytes(dense.get_submodule(n).weight) for n in cell.stored)
-    stored = sum(s.size_bytes for s in cell.stored.values())
-    weights = sum(s.shape[0] * s.shape[1] for s in cell.stored.values())
-    size = whole - replaced + stored
-    home = next(dense.parameters()).device
-    for name, s in cell.stored.items():
-        cell.stored[name] = s if s.codes is None else _home(s, home)
-    return Compressed(
-        cell.model, cell.layers, cell.stored, size_bytes=size, parameters=parameters,
-        bits_per_weight=8 * stored / weights if weights else 8 * whole / parameters,
-        sparsity_reached=cell.zeros / weights if isinstance(cell.config, PruningConfig) and weights else None,
-    )  # fmt: skip
-
-
-def _home(s: StoredLinear, device: torch.device) -> StoredLinear:
-    tensors = {k: getattr(s, k) for k in ("codes", "scale", "zero", "group_index", "input_scale")}
-    return replace(s, **{k: None if t is None else t.to(device) for k, t in tensors.items()})
+            W_OI = torch.cat([m.weight for m in linears]).float()
+            solution = cell.spec.solve(W_OI, inputs, config)
+            effective = solution.W_OI if solution.input_scale is None else solution.W_OI / solution.input_scale
+            if not bool(torch.isfinite(effective.sum())):
+                raise CellError(f"{inputs.names[0]}: {cell.spec.name} gave weights that are not finite")
+            errors = [
+                float(((w - v) @ inputs.sketch).norm() / (w @ inputs.sketch).norm().clamp_min(1e-30))
+                for w, v in zip(W_OI.split(inputs.outs), effective.split(inputs.outs), strict=True)
+            ]
+            low = 0
+            for name, linear, error in zip(inputs.names, linears, errors, strict=True):
+                _keep(cell, linear, name, solution, config, slice(low, low + linear.out_features), error)
+                low += linear.out_features
+            if solution.input_scale is not None and inputs.fold is not None:
+                self.folds.append((group, names, solution.input_scale))

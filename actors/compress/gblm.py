@@ -1,7 +1,7 @@
 """GBLM-Pruner: Wanda's score plus the size of the loss gradient of each weight.
 
-Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902, equation 4 with
-the l2 norm of the gradients over samples, as their code has it: |w| * (||X_i||_2 / sqrt(n) + scale * ||G||_2), n sequences.
+Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902, with the l2
+norm of the gradients over samples, as their code has it: |w| * (||X_i||_2 / sqrt(n) + scale * ||G||_2), n sequences.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class Grid:
 
 
 def read_codes(W_IO: Tensor, perm_I: Tensor, policy: Grid, contiguous: bool) -> Solution:
-    """The swept rows (in order ``perm_I``) as a Solution in the layer's own order. ``contiguous``: groups are neighbours there."""
-    I, O = W_IO.shape
+    """The swept rows (in order ``perm_I``) as a Solution in the layer's own order; ``contiguous``: groups lie side by side."""
+    I = len(W_IO)
     scale_GO = torch.stack(policy.scales)
     zero_GO = torch.stack(policy.zeros) if policy.zeros else None
     inverse = perm_I.argsort()

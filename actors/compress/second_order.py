@@ -50,7 +50,7 @@ def inverse_factor(H_II: Tensor, damping: float, *, name: str, escalate: Sequenc
                 if bool(torch.isfinite(U.diagonal()).all()):
                     return U
     raise CellError(
-        f"{name}: the Hessian of its inputs is singular even with damping {damping * escalate[-1]:g}; use more calibration tokens"
+        f"{name}: the Hessian of its inputs is singular even with damping {damping * escalate[-1]:g}; more tokens may help"
     )
 
 
@@ -84,7 +84,7 @@ def sweep(W_IO: Tensor, U_II: Tensor, policy: Policy) -> None:
 def nested_order(diag_I: Tensor, *sizes: int) -> Tensor:
     """A permutation [I] that visits large diagonal entries first without tearing neighbours apart.
 
-    ``sizes`` are nested block widths, smallest first (none: plain act-order). Inside each block entries go by size, blocks go by
+    ``sizes`` are nested block widths, smallest first (none: plain act-order). Inside each block entries go by size, blocks by
     their largest entry; equal ones in order of index. Group-aware order is ``nested_order(diag, group_size)``.
     """
     d = diag_I.double().cpu()

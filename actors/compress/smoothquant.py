@@ -1,7 +1,7 @@
 """SmoothQuant: W8A8 with outliers of the activations moved into the weights, simulated.
 
-Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438, equation 4: s_i = max|X_i|^a / max|W_i|^(1-a), for the inputs that come from a
-norm. Weights are int8 per output channel, activations int8 per token, chosen at run time ("dynamic"); the product runs in the
+Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438, equation 4: s_i = max|X_i|^a / max|W_i|^(1-a), for the inputs that come from
+a norm. Weights are int8 per output channel, activations int8 per token, scaled at run time ("dynamic"); the product runs in the
 model's dtype, which changes nothing but its speed.
 """
 

@@ -1,8 +1,8 @@
 """SparseGPT: prune column by column, what is lost compensated on the columns behind; optionally quantise in the same sweep.
 
-Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv:2301.00774, algorithm 1
-and section 3.5 (joint sparsification and quantisation). ``variant: reference`` is that algorithm. Ours, for N:M patterns, visits
-groups of M in order of their largest input and clips tokens with massive activations before they enter the Hessian.
+Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv:2301.00774, algorithm
+1 and section 3.5 (joint sparsification and quantisation). ``variant: reference`` is that algorithm. Ours, for N:M patterns,
+visits groups of M in order of their largest input and clips tokens with massive activations before they enter the Hessian.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ def clip_tokens(X_BTI: Tensor, limit: float | None) -> Tensor:
     """Tokens of each sequence scaled down until none has more than ``limit`` times the energy of the sequence's median token.
 
     A few tokens (the first of a text above all) carry activations hundreds of times larger than the rest in some layers; left
-    alone they are most of X'X there, and damping relative to its diagonal then swamps all ordinary tokens. Within a sequence, so
-    that the result does not depend on how the calibration set is split into chunks.
+    alone they are most of X'X there, and damping relative to its diagonal then swamps all ordinary tokens. Within a sequence,
+    so that the result does not depend on how the calibration set is split into chunks.
     """
     if limit is None:
         return X_BTI

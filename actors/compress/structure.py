@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..errors import BadInput
 
 SUPPORTED = (
-    "decoder-only models whose blocks hold their weights in nn.Linear, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo, "
-    "SmolLM, StableLM, Granite and Falcon; not GPT-2 (Conv1D), state-space models or mixture-of-experts models with fused experts"
+    "decoder-only models whose blocks hold their weights in nn.Linear, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, "
+    "OLMo, SmolLM, StableLM and Granite; not GPT-2 (Conv1D), state-space models or mixtures of experts with fused experts"
 )
 
 
@@ -30,12 +30,24 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks. BadInput, listing what is supported, if the model is built otherwise."""
     kind = type(model).__name__
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and (depth is None or len(module) == depth):
-            blocks = module
-            break
-    else:
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and (depth is None or len(module) == depth)
+    ]
+    if not found:
         raise BadInput(f"{kind} has no list of decoder blocks", where="model", fix=f"Supported: {SUPPORTED}")
+    name, blocks = found[0]
+    owners: dict[int, str] = {}
+    for owner, module in model.named_modules():
+        for pname, p in module.named_parameters(recurse=False):
+            first = owners.setdefault(id(p), f"{owner}.{pname}")
+            if first != f"{owner}.{pname}" and (first.startswith(f"{name}.") or owner.startswith(f"{name}.")):
+                raise BadInput(
+                    f"{kind}: {owner}.{pname} is tied to {first}; compressing one would change the other",
+                    where="model",
+                    fix="Tied weights are supported outside the decoder blocks (embedding and head) only",
+                )
     for i, block in enumerate(blocks):
         owned = {id(p) for m in block.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
         for pname, p in block.named_parameters():
@@ -49,6 +61,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not linears_of(blocks[0]):
         raise BadInput(f"{kind}: {name}.0 holds no nn.Linear", where="model", fix=f"Supported: {SUPPORTED}")
     return name, blocks
+
+
+def named_linears(prefix: str, blocks: nn.ModuleList) -> dict[str, nn.Linear]:
+    """Every linear that a method compresses, by its full name: those inside blocks; embeddings and head stay dense."""
+    return {f"{prefix}.{b}.{name}": m for b, block in enumerate(blocks) for name, m in linears_of(block).items()}
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -268,22 +285,26 @@ def _find_fold(block, group, norm, forward, hidden, kwargs, out, config) -> Fold
 
 
 def share_heads(scale_I: Tensor, fold: Fold) -> Tensor:
-    """``scale_I`` made equal over the query heads that read one value head (geometric mean), so that it can be folded into it."""
+    """``scale_I`` made equal (geometric mean) over the query heads that read one value head, so that it folds into that."""
     if fold.repeat == 1:
         return scale_I
     heads = scale_I.view(-1, fold.repeat, fold.head_dim)
     return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
 
 
+def producer_scale(fold: Fold, scale_I: Tensor) -> Tensor:
+    """``scale_I`` per channel of the producer, where several inputs come from one channel."""
+    return scale_I if fold.repeat == 1 else scale_I.view(-1, fold.repeat, fold.head_dim)[:, 0].reshape(-1)
+
+
 def apply_fold(block: nn.Module, fold: Fold, scale_I: Tensor) -> None:
     """Divide the output of the producer by ``scale_I``, on new parameters."""
     module = block.get_submodule(fold.producer)
-    dtype = module.weight.dtype
+    dtype, scale = module.weight.dtype, producer_scale(fold, scale_I)
     if fold.kind == "linear":
-        scale = scale_I if fold.repeat == 1 else scale_I.view(-1, fold.repeat, fold.head_dim)[:, 0].reshape(-1)
         weight = module.weight.float() / scale[:, None]
     else:
-        scale, one = scale_I, 1.0 if fold.kind == "norm+1" else 0.0
+        one = 1.0 if fold.kind == "norm+1" else 0.0
         weight = (module.weight.float() + one) / scale - one
     module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if getattr(module, "bias", None) is not None:

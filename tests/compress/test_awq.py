@@ -76,7 +76,13 @@ def test_gemma_stores_its_norm_minus_one_and_still_folds(tokens):
     torch.manual_seed(0)
     model = GemmaForCausalLM(
         GemmaConfig(
-            vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=16
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=16,
         )
     ).eval()
     done = compress(model, "awq", {"bits": 8, "group_size": 16}, tokens)
@@ -85,8 +91,6 @@ def test_gemma_stores_its_norm_minus_one_and_still_folds(tokens):
     assert (done.model(tokens).logits - model(tokens).logits).norm() < 0.02 * model(tokens).logits.norm()
 
 
-def test_wide_attention_without_grouping_folds_too(tokens):
-    model = make_llama(layers=1)
-    model.config.num_key_value_heads = 4
+def test_biases_fold_too(tokens):
     done = compress(make_llama(layers=1, attention_bias=True), "awq", {"group_size": 32}, tokens)
     assert all(s.input_scale is None for s in done.stored.values())

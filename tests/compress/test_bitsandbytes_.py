@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import make_llama
-
 from comptrust.actors.compress import compress, incompatible
 from comptrust.actors.errors import BadInput
+from small_models import make_llama
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_equals_optimal_brain_quantisation(group, order, bits, symmetric):
         perm = diag.argsort(descending=True)
     else:
         blocks = [sorted(range(b, b + group), key=lambda i: -diag[i]) for b in range(0, 64, group)]
-        perm = torch.tensor(sum(sorted(blocks, key=lambda b: -diag[b[0]]), []))
+        perm = torch.tensor([i for b in sorted(blocks, key=lambda b: -diag[b[0]]) for i in b])
     expected = obq(W, H, config, perm)
     solution = solve(W.float(), Inputs(["w"], [12], gram=H.float()), config)
     # A weight near the middle between two codes may round the other way in float32, and what follows with it.

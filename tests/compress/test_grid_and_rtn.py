@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 cases = st.tuples(
-    st.sampled_from([2, 3, 4, 8]), st.sampled_from([None, 8, 16, 48]), st.booleans(), st.integers(0, 2**31), st.floats(1e-4, 1e3)
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([None, 8, 16, 48]),
+    st.booleans(),
+    st.integers(0, 2**31),
+    st.floats(1e-4, 1e3),
 )
 
 

@@ -81,7 +81,7 @@ def test_ours_orders_groups_for_patterns_only():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_joint_pruning_and_quantisation_obeys_both(symmetric):
-    X, W, H = problem(3)
+    _, W, H = problem(3)
     config = SparseGptConfig(pattern="2:4", bits=4, group_size=16, symmetric=symmetric)
     s = solve(W.float(), Inputs(["w"], [16], gram=H.float()), config)
     assert ((s.W_OI.view(-1, 4) != 0).sum(1) <= 2).all()

@@ -12,7 +12,10 @@ def test_every_mask_is_that_of_the_inputs_the_layer_sees(llama, tokens, params):
     done = compress(llama, "wanda", params, tokens)
     seen: dict[str, torch.Tensor] = {}
     modules = {n: m for n, m in done.model.named_modules() if n in done.stored}
-    hooks = [m.register_forward_pre_hook(lambda _, a, n=n: seen.__setitem__(n, a[0].reshape(-1, a[0].shape[-1]).double())) for n, m in modules.items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, a, n=n: seen.__setitem__(n, a[0].reshape(-1, a[0].shape[-1]).double()))
+        for n, m in modules.items()
+    ]
     done.model(tokens)  # true-sequential: each layer was scored on what the compressed layers before it give
     for hook in hooks:
         hook.remove()

@@ -1,0 +1,107 @@
+"""From a method's answer to the module's weight, its stored form and the bytes that takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Compressed, MethodConfig, PruningConfig, Solution, StoredLinear, element_bytes, packed_bytes
+from .grid import half_exact
+from .structure import Fold, apply_fold, producer_scale
+
+
+def put(linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, rows: slice, format: str) -> StoredLinear:
+    """Give ``linear`` the ``rows`` of ``solution`` as a new weight, and describe what a file of it would hold."""
+    W_OI, scale_I = solution.W_OI[rows], solution.input_scale
+    divides = hasattr(linear, "input_scale")  # modules that round activations divide their input themselves
+    weight = W_OI if scale_I is None or divides else W_OI / scale_I
+    linear.weight = nn.Parameter(weight.to(linear.weight.dtype).contiguous(), requires_grad=False)
+    if divides:
+        linear.input_scale = scale_I
+    pattern = config.pattern if isinstance(config, PruningConfig) else None
+    bits = getattr(config, "bits", None) or 8 * linear.weight.element_size()
+    quantised = solution.codes is not None
+    nonzero = int(torch.count_nonzero(linear.weight)) if pattern else W_OI.numel()
+    size = packed_bytes(W_OI.shape, bits=bits, pattern=pattern, nonzero=nonzero, quantised=quantised)
+    codes = scale = zero = None
+    if quantised:
+        codes, scale = solution.codes[rows], solution.scale[rows]
+        zero = None if solution.zero is None else solution.zero[rows]
+    size += sum(element_bytes(t) for t in (scale, zero, solution.group_index, scale_I) if t is not None)
+    return StoredLinear(
+        name,
+        tuple(W_OI.shape),
+        bits,
+        codes,
+        scale,
+        zero,
+        group_size=getattr(config, "group_size", None) if quantised else None,
+        group_index=solution.group_index,
+        input_scale=scale_I,
+        pattern=pattern,
+        format=format if quantised else "pruned",
+        size_bytes=size,
+    )
+
+
+def layer_row(stored: StoredLinear, error: float, sparsity: float | None = None) -> dict[str, Any]:
+    """A row of table `layers`, without the key. ``bits``: stored bits per weight, everything counted."""
+    return {
+        "layer": stored.name,
+        "error": error,
+        "sparsity": sparsity,
+        "bits": 8 * stored.size_bytes / (stored.shape[0] * stored.shape[1]),
+    }
+
+
+def fold_scale(
+    stored: dict[str, StoredLinear], block: nn.Module, prefix: str, fold: Fold, names: list[str], scale_I: Tensor
+) -> None:
+    """Move the input scale of the linears ``names`` into what produces their input, so that nothing divides at run time."""
+    apply_fold(block, fold, scale_I)
+    for name in names:
+        linear, now = block.get_submodule(name), stored[prefix + name]
+        linear.weight = nn.Parameter(now.dequantise().to(linear.weight.dtype), requires_grad=False)
+        if hasattr(linear, "input_scale"):
+            linear.input_scale = None
+        stored[prefix + name] = replace(now, input_scale=None, size_bytes=now.size_bytes - element_bytes(scale_I))
+    producer = stored.get(prefix + fold.producer)
+    if producer is not None and producer.codes is not None:
+        # A quantised producer (v_proj, up_proj) keeps its codes: only the scales of its rows change.
+        scale_OG = half_exact(producer.scale.float() / producer_scale(fold, scale_I)[:, None]).half()
+        stored[producer.name] = producer = replace(producer, scale=scale_OG)
+        linear = block.get_submodule(fold.producer)
+        linear.weight = nn.Parameter(producer.dequantise().to(linear.weight.dtype), requires_grad=False)
+
+
+def totals(
+    model: nn.Module, dense: nn.Module, config: MethodConfig, stored: dict[str, StoredLinear], layers: list[dict[str, Any]]
+) -> Compressed:
+    """Bytes of the whole model: compressed linears as stored, everything else in the dtype it is held in, tied weights once."""
+    unique = {id(p): p for p in dense.parameters()}
+    whole = sum(element_bytes(p) for p in unique.values())
+    parameters = sum(p.numel() for p in unique.values())
+    replaced = sum(element_bytes(dense.get_submodule(n).weight) for n in stored)
+    packed = sum(s.size_bytes for s in stored.values())
+    weights = sum(s.shape[0] * s.shape[1] for s in stored.values())
+    zeros = sum(
+        row["sparsity"] * stored[row["layer"]].shape[0] * stored[row["layer"]].shape[1] for row in layers if row["sparsity"]
+    )
+    home = next(dense.parameters()).device
+    return Compressed(
+        model,
+        layers,
+        {name: _to(s, home) for name, s in stored.items()},
+        size_bytes=whole - replaced + packed,
+        bits_per_weight=8 * packed / weights if weights else 8 * whole / parameters,
+        sparsity_reached=zeros / weights if isinstance(config, PruningConfig) and weights else None,
+        parameters=parameters,
+    )
+
+
+def _to(s: StoredLinear, device: torch.device) -> StoredLinear:
+    tensors = {k: getattr(s, k) for k in ("codes", "scale", "zero", "group_index", "input_scale")}
+    return replace(s, **{k: t.to(device) for k, t in tensors.items() if t is not None})
