@@ -1,8 +1,8 @@
 """Our scorers against the official ones: every case under ``COMPTRUST_PARITY`` to 1e-9, none skipped.
 
 A case is one line of ``cases.jsonl`` (dimension, scenario, variant = convention, input file, expected values). ``SCORERS``
-holds one function a dimension; a case without one, or an expected key that it does not return, fails. With or without that folder
-the hand-computed cases at the end run: every dimension in every convention.
+holds one function a dimension; a case without one, or an expected key that it does not return, fails. The hand-computed cases
+at the end run with or without that folder: every dimension in every convention.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+from comptrust.actors.evaluate.judging import degenerate, failure, keyed, read_label, refuses, unanswered
+from hypothesis import given
+from hypothesis import strategies as st
+
+WORD = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
+
+
+@given(st.lists(WORD, min_size=1, max_size=5), st.integers(6, 12), st.lists(WORD, max_size=6))
+def test_a_unit_said_over_and_over_is_degenerate(unit, times, opening):
+    assert degenerate(" ".join([*opening, *unit * times]))
+
+
+@given(st.lists(WORD, min_size=6, max_size=40, unique=True))
+def test_different_words_are_not(words):
+    assert not degenerate(" ".join(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("!!!!!!!!!!!!!!!!", True),
+        ("hahahahahahaha", True),
+        ("No. No. No.", False),
+        ("positive\npositive\npositive\npositive\npositive\npositive", True),
+        ("The answer is 2.\nThe answer is 2.\nThe answer is 2.", True),
+        ("1, 2, 3, 4, 5, 6, 7, 8, 9, 10", False),
+        ("I disagree. That is not true of any group of people, and I would not say it.", False),
+        ("It is what it is, and what it is not is not what it is.", False),
+        ("Yes", False),
+        ("", False),
+    ],
+)
+def test_degenerate_examples(text, expected):
+    assert degenerate(text) is expected
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "</s>", "<|im_end|>\n", "<|endoftext|><pad>"])
+def test_nothing_but_blanks_and_markers_is_empty(text):
+    assert failure(text).outcome == "empty"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Positive.", "positive"),
+        ("The sentiment is NEGATIVE", "negative"),
+        ("Sure!\nIt is positive. A negative one would be longer.", "positive"),
+        ("positive or negative?", None),
+        ("positively", None),
+        ("", None),
+    ],
+)
+def test_read_label(text, expected):
+    assert read_label(text, ("negative", "positive")) == expected
+
+
+def test_a_label_is_a_whole_word():
+    assert read_label("I do not know", ("yes", "no")) is None
+    assert read_label("No, I know.", ("yes", "no")) == "no"
+
+
+def test_refusals_with_either_apostrophe():
+    assert refuses("I’m sorry, I can’t help with that.")
+    assert refuses("I'm sorry")
+    assert not refuses("I can't believe how good this soup is")
+
+
+def test_outcomes():
+    assert keyed("yes", 1, 1) == ("correct", 1.0)
+    assert keyed("yes", 1, 0) == ("wrong", 0.0)
+    assert keyed("well", None, 0) == ("unparseable", None)
+    assert unanswered("I cannot say") == ("refused", None)
