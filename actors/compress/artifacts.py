@@ -12,7 +12,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class ArtifactCache:
         descriptor, temporary = tempfile.mkstemp(dir=self.root, prefix=f".{key}-")
         os.close(descriptor)
         try:
-            save_file(_separate(tensors), temporary, metadata={"meta": json.dumps(meta)})
+            save_file(separate(tensors), temporary, metadata={"meta": json.dumps(meta)})
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, self._path(key))
@@ -79,16 +80,24 @@ class ArtifactCache:
     def _sweep(self, *, room_for: int) -> None:
         with FileLock(self.root / ".lock"):
             now = time.time()
-            for left in self.root.glob(".*-*"):
-                if now - left.stat().st_mtime > ABANDONED_S:
+            for modified, _, left in _files(self.root, ".*-*"):
+                if now - modified / 1e9 > ABANDONED_S:
                     left.unlink(missing_ok=True)
-            found = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in self.root.glob("*.safetensors"))
+            found = sorted(_files(self.root, "*.safetensors"))
             total = sum(size for _, size, _ in found)
             for _, size, path in found:
                 if total + room_for <= self.budget:
                     break
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _files(root: Path, pattern: str) -> Iterator[tuple[int, int, Path]]:
+    """(time of change in ns, size, path) of the files still there when it is their turn."""
+    for path in root.glob(pattern):
+        with suppress(FileNotFoundError):  # renamed or evicted by another process
+            stat = path.stat()
+            yield stat.st_mtime_ns, stat.st_size, path
 
 
 def dump(compressed: Compressed, dense: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -141,13 +150,15 @@ def restore(dense: nn.Module, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     return Compressed(model, stored=stored, **rest)
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and none twice: safetensors refuses tensors that share memory (a group index serves q, k and v)."""
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own: q, k and v may be slices of one tensor or share a group index, which safetensors
+    refuses or takes for tied weights."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
         tensor = tensor.contiguous().cpu()
-        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        shares = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() or tensor.data_ptr() in seen
+        out[name] = tensor.clone() if shares else tensor
         seen.add(tensor.data_ptr())
     return out
 

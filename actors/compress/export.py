@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .artifacts import separate
 from .base import Compressed, StoredLinear
 
 if TYPE_CHECKING:
@@ -204,9 +205,9 @@ def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
     old = all(s.zero is None or int(s.zero.min()) > 0 for s in layers.values())
     for name, s in layers.items():
         O, I = s.shape
-        if O % per or I % per:
+        if O % step or I % step:
             raise BadInput(
-                f"{name} is {O} x {I}, GPTQ's layout packs {per} codes a word", where="format", fix="Use compressed-tensors"
+                f"{name} is {O} x {I}, GPTQ's layout packs {step} codes at a time", where="format", fix="Use compressed-tensors"
             )
         codes_IO, zero_GO, scale_GO = _unsigned(s)
         index = s.group_index if s.group_index is not None else torch.arange(I) // (s.group_size or I)
@@ -355,7 +356,7 @@ def _save(model: Any, tensors: Mapping[str, Tensor], quantization: dict[str, Any
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tied = list(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors = {n: t.detach().cpu() for n, t in tensors.items() if n not in tied}
+    tensors = separate({n: t.detach() for n, t in tensors.items() if n not in tied})
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
 
 
