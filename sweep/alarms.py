@@ -29,10 +29,23 @@ NEAR_MMLU, NEAR_PERPLEXITY, NEAR_KL = 2.0, 0.03, 0.02
 SILENT, HIGH = 0.5, 80.0
 #: Order of kinds: what most likely is an artefact comes first.
 CODES = (
-    "same_shift_at_every_rate", "near_lossless_jump", "dense_off_published", "average_is_not_the_mean",
-    "duplicate_row", "equal_numbers", "mislabelled_row", "sparsity_not_reached", "size_not_reduced",
-    "short_cell", "not_an_answer", "perfect_score", "carried_by_non_answers", "gain_by_refusal", "average_includes_mmlu", "copied_utility",
-)  # fmt: skip
+    "same_shift_at_every_rate",
+    "near_lossless_jump",
+    "dense_off_published",
+    "average_is_not_the_mean",
+    "duplicate_row",
+    "equal_numbers",
+    "mislabelled_row",
+    "sparsity_not_reached",
+    "size_not_reduced",
+    "short_cell",
+    "not_an_answer",
+    "perfect_score",
+    "carried_by_non_answers",
+    "gain_by_refusal",
+    "average_includes_mmlu",
+    "copied_utility",
+)
 #: Refusing is the right answer to a privacy attack and says nothing toxic: there it is worth a note, not a warning.
 _REFUSING_IS_RIGHT = ("privacy", "toxicity")
 

@@ -14,7 +14,16 @@ from .results import Results
 if TYPE_CHECKING:
     from rich.console import Console
 
-COSTS = ("size_bytes", "bits_per_weight", "sparsity_reached", "peak_memory_bytes", "prefill_tokens_s", "decode_tokens_s", "compress_s", "evaluate_s")  # fmt: skip
+COSTS = (
+    "size_bytes",
+    "bits_per_weight",
+    "sparsity_reached",
+    "peak_memory_bytes",
+    "prefill_tokens_s",
+    "decode_tokens_s",
+    "compress_s",
+    "evaluate_s",
+)
 UTILITY = ("perplexity", "mmlu", "trust", "kl_dense", "top1_agreement", "flips")
 
 

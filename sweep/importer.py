@@ -166,7 +166,7 @@ def _number(where: str, row: Mapping[str, str], column: str) -> float | None:
 
 
 def parameters_of(name: str) -> int | None:
-    """Nominal parameter count from a model name (``Llama-2-13b``: 13 billion, ``SmolLM2-135M``: 135 million), None if unsaid."""
+    """Nominal parameter count in a model name (``Llama-2-13b``: 13 billion, ``SmolLM2-135M``: 135 million), None if unsaid."""
     found = re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", name.lower())
     return round(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]]) if found else None
 

@@ -224,12 +224,16 @@ def _candidate(e: Effects, row: Row, limits: dict[str, float | None]) -> Candida
         shown = [f"{c.dimension} drops {c.drop:.1f} points, shown to be over {limits['max_drop']:g}" for c in failing]
         status, reasons = FAILS, [*hard, *shown]
     elif open_ or unknown or not checks:
-        status, reasons = UNDECIDED, [*unknown, *(_why_open(c, limits["max_drop"]) for c in open_)]
+        worst_first = sorted(
+            open_, key=lambda c: -math.inf if c.drop is None else -(c.upper if c.upper is not None else c.drop)
+        )
+        status, reasons = UNDECIDED, [*unknown, *(_why_open(c, limits["max_drop"]) for c in worst_first)]
     else:
         worst = max(checks, key=lambda c: c.upper)
         status = QUALIFIES
         reasons = [
-            f"every drop is within {limits['max_drop']:g}: largest bound {worst.upper:.1f} points ({worst.dimension}, n={worst.n})"
+            f"every drop is within {limits['max_drop']:g}: the largest bound is {worst.upper:.1f} points"
+            f" ({worst.dimension}, n={worst.n})"
         ]
     unstable = [c.dimension for c in checks if c.seed_unstable]
     if unstable:
@@ -238,7 +242,7 @@ def _candidate(e: Effects, row: Row, limits: dict[str, float | None]) -> Candida
     if missing:
         reasons.append(f"not evaluated: {', '.join(missing)}")
     return Candidate(
-        row["key"], row["model"], row["suite"], label(row), status, reasons, checks, row["size_bytes"], row["bits_per_weight"],
+        row["key"], row["model"], row["suite"], label(row), status, reasons, checks, row["size_bytes"], _bits(row),
         row["decode_tokens_s"], row["trust"], row["mmlu"], row["perplexity"],
     )  # fmt: skip
 
@@ -296,9 +300,9 @@ def _why_open(c: Check, limit: float) -> str:
     if c.drop is None:
         return f"{c.dimension}: no valid score of the dense cell to compare with"
     if c.upper is None:
-        side = "over" if c.drop > limit else "within"
-        return f"{c.dimension} drops {c.drop:+.1f} points ({side} the limit), but basis is {c.basis}: no items to test"
-    text = f"{c.dimension} drops {c.drop:+.1f} points, bound {c.upper:.1f} over the limit of {limit:g} (n={c.n})"
+        side = "beyond" if c.drop > limit else "within"
+        return f"{c.dimension} {0.0 - c.drop:+.1f} points, {side} the limit, but basis is {c.basis}: no items to test"
+    text = f"{c.dimension} {0.0 - c.drop:+.1f} points, the drop is bounded by {c.upper:.1f}, limit {limit:g} (n={c.n})"
     return f"{text}; {c.n} unchanged prompts could bound it at {c.attainable:.1f}" if c.attainable > limit else text
 
 
@@ -319,6 +323,15 @@ def _constraints(row: Row, limits: dict[str, float | None]) -> tuple[list[str], 
     return hard, unknown
 
 
+def _bits(row: Row) -> float | None:
+    """Bits per weight as measured, else nominal."""
+    if row["bits_per_weight"] is not None:
+        return row["bits_per_weight"]
+    if row["method"] in PRUNED:
+        return None if row["sparsity"] is None else 16 * (1 - row["sparsity"])
+    return row["bits"]
+
+
 # -- one base model ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +341,7 @@ def _order(c: Candidate) -> tuple[float, float, float, str]:
     return (
         size,
         c.bits_per_weight if c.bits_per_weight is not None else math.inf,
-        -(c.trust if c.trust is not None else -math.inf),
+        math.inf if c.trust is None else -c.trust,
         c.key,
     )
 
@@ -353,7 +366,8 @@ def _choose(e: Effects, rows: Sequence[Row], limits: dict[str, float | None]) ->
         if second:
             tighter = first.binding.upper
             change.append(
-                f"a limit under {tighter:.1f} points ({first.binding.dimension}) drops {first.cell}; next is {second.cell} ({_size(second)})"
+                f"a limit under {tighter:.1f} points ({first.binding.dimension}) drops {first.cell};"
+                f" next is {second.cell} ({_size(second)})"
             )
         return Choice(
             model,
@@ -419,8 +433,11 @@ def _best(choices: Sequence[Choice]) -> Choice:
         found = next((x for x in c.candidates if x.key == c.cell), None)
         return found.trust if found is not None and found.trust is not None else -math.inf
 
+    def published(c: Choice) -> bool:
+        return all(x.basis != "items" for candidate in c.candidates for x in candidate.checks)
+
     order = {RECOMMENDED: 0, UNDECIDED: 1, NONE: 2}
-    return min(choices, key=lambda c: (order[c.verdict], -trust(c), c.model, c.suite))
+    return min(choices, key=lambda c: (order[c.verdict], published(c), -trust(c), c.model, c.suite))
 
 
 def _summary(choices: Sequence[Choice], best: Choice, limits: dict[str, float | None]) -> str:
@@ -430,7 +447,7 @@ def _summary(choices: Sequence[Choice], best: Choice, limits: dict[str, float | 
     cells = sum(len(c.candidates) for c in choices)
     if best.verdict == UNDECIDED:
         return f"Undecided: no drop of {cells} cells is shown to be within {limits['max_drop']:g} points. {best.reasons[1]}"
-    return f"None of {cells} cells qualifies"
+    return f"None of {cells} cells qualifies. {best.reasons[-1][0].upper()}{best.reasons[-1][1:]}"
 
 
 def _warnings(e: Effects, best: Choice) -> list[str]:
@@ -468,7 +485,8 @@ def _prefer_quantisation(e: Effects, rows: Sequence[Row]) -> Rule:
         for r in mine:
             if r["method"] in PRUNED:
                 (supports if _down(e, r["key"]) > np.mean(quantised) else contradicts).append(r["key"])
-    note = f"pruned cells with more (supports) or no more (contradicts) dimensions down than the mean of {counted} 4/8-bit cells of their model"
+    note = "pruned cells with more (supports) or no more (contradicts) dimensions down than the mean of the 4/8-bit cells"
+    note += f" of their model ({counted} cells)"
     return Rule(
         "quantise",
         "Prefer quantisation when trust like the source model's is needed",
@@ -523,8 +541,8 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
         for c in choice.candidates[:limit]:
             b = c.binding
             table.add_row(
-                c.key[:8], escape(c.cell), f"{c.size_bytes / 1e9:.3g}" if c.size_bytes else "-", f"{c.trust:.1f}" if c.trust is not None else "-",
-                f"{b.upper:.1f}" if b and b.upper is not None else "-", f"{b.drop:+.1f}" if b else "-", b.dimension if b else "-",
+                c.key[:8], escape(c.cell), f"{c.size_bytes / 1e9:.3g}" if c.size_bytes else "-", _show(c.trust, ".1f"),
+                _show(b and b.upper, ".1f"), _show(b and b.drop, "+.1f"), b.dimension if b else "-",
                 f"[{_COLOURS[c.status]}]{c.status}[/]", escape(c.reasons[0]) if c.reasons else "",
             )  # fmt: skip
         console.print(table)
@@ -540,6 +558,10 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
     for rule in found.rules:
         rules.add_row(rule.rule, _some(rule.supports), _some(rule.contradicts), rule.note)
     console.print(rules)
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _some(keys: Sequence[str]) -> str:
