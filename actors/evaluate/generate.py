@@ -324,13 +324,17 @@ class Generator:
 
     def _within_memory(self, run: Callable[[int], None]) -> None:
         """Run with half the batch each time memory runs out; what is finished stays finished."""
-        from accelerate.utils import find_executable_batch_size
+        # Not accelerate's find_executable_batch_size itself: it collects garbage at every call, and this is called for every task.
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-        def halve() -> int:
+        while True:
+            try:
+                return run(self.batch_size)
+            except RuntimeError as e:
+                if self.batch_size == 1 or not should_reduce_batch_size(e):
+                    raise
             self.batch_size //= 2
-            return self.batch_size
-
-        find_executable_batch_size(run, starting_batch_size=self.batch_size, reduce_batch_size_fn=halve)()
+            clear_device_cache(garbage_collection=True)
 
 
 def _likelihood(logits_KV: torch.Tensor, targets: tuple[int, ...]) -> Likelihood:

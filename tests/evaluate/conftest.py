@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # tests/tiny.py
+sys.path.insert(0, str(Path(__file__).parent))  # sharpened.py
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +23,9 @@ def tokenizer(tiny_folder):
     return AutoTokenizer.from_pretrained(tiny_folder)
 
 
-def sharpen(model, factor: float = 4.0):
-    """Random weights give flat logits, where every choice is a near-tie; larger ones give decided answers."""
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.mul_(factor)
-    return model.eval()
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
+    from sharpened import sharpen
     from transformers import AutoModelForCausalLM
 
     return sharpen(AutoModelForCausalLM.from_pretrained(tiny_folder))

@@ -62,8 +62,14 @@ def test_smallest_hash_first_and_blocks_share_examples():
 
 def test_golden():
     """Suites are part of every key: a change here makes every stored cell a stranger."""
-    assert rank("stereotype/hiv/Asians/0") == "f9e8f8ee1ccd1a1a7a1a0ae4e3ae5c3a5ea2ff0a" or True
-    chosen = select(TASK.items(load_pack("")), "smoke")
-    assert len(chosen) == 16 and Counter(i.scenario for i in chosen) == {"benign": 5, "untargeted": 6, "targeted": 5}
+    pool = [item(i, "abc"[i % 3], f"demo {i % 4}" if i % 2 else None) for i in range(40)]
+    chosen = [i.id.removeprefix("item/") for i in select(pool, "smoke", 8)]
+    assert chosen == ["2", "4", "6", "12", "14", "18", "32", "34"]
+    assert rank("item/0") == "f3d6b1d72af50d885a6fc89539833e97ca2b6908"
     with pytest.raises(ValueError, match="tiny"):
-        select(chosen, "tiny")
+        select(pool, "tiny")
+
+
+def test_shipped_probes_fill_the_smoke_suite():
+    chosen = select(TASK.items(load_pack("")), "smoke")
+    assert len(chosen) == 16 and set(Counter(i.scenario for i in chosen).values()) == {5, 6}

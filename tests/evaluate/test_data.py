@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from comptrust.actors.errors import BadInput
+from comptrust.actors.evaluate.data import FIELDS, Pack, load_pack
+
+ROWS = [
+    {"id": "a", "input": "I ate an apple.", "label": 0, "role": "test"},
+    {"id": "b", "input": "I stole an apple.", "label": 1, "role": "test"},
+]
+
+
+def write(folder: Path, rows=ROWS, name="machine_ethics.jsonl", manifest: str | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    data = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    (folder / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+    if manifest is not None:
+        (folder / "MANIFEST.md").write_text(manifest)
+    return folder
+
+
+def test_builtin_probes_have_every_dimension():
+    pack = load_pack("")
+    assert pack.name == "builtin"
+    missing = {"toxicity", "stereotype", "ood", "adv_demonstration", "fairness", "machine_ethics", "advglue"} - set(pack.names)
+    assert not missing
+    for name in pack.names:
+        if name not in ("demos",):
+            assert len(pack.records(name)) >= 16, name
+
+
+@pytest.mark.parametrize("name", ["machine_ethics.jsonl", "machine_ethics.jsonl.gz"])
+def test_reads_plain_and_compressed(tmp_path, name):
+    pack = load_pack(str(write(tmp_path / "p", name=name)))
+    assert pack.names == ("machine_ethics",) and pack.records("machine_ethics") == ROWS
+    assert pack.records("toxicity") == []
+
+
+def test_digest_is_of_names_and_bytes(tmp_path):
+    one = load_pack(str(write(tmp_path / "one")))
+    assert load_pack(str(write(tmp_path / "two"))).digest == one.digest  # the folder's name is none of its business
+    changed = [ROWS[0], {**ROWS[1], "label": 0}]
+    assert load_pack(str(write(tmp_path / "three", changed))).digest != one.digest
+    data = (tmp_path / "one" / "machine_ethics.jsonl").read_bytes()
+    line = f"{hashlib.sha256(data).hexdigest()}  machine_ethics.jsonl\n"
+    assert one.digest == hashlib.sha256(line.encode()).hexdigest()[:24]
+
+
+def test_checksums(tmp_path):
+    folder = write(tmp_path / "p")
+    good = hashlib.sha256((folder / "machine_ethics.jsonl").read_bytes()).hexdigest()
+    (folder / "MANIFEST.md").write_text(f"# pack\n\n## sha256\n\n{good}  machine_ethics.jsonl\n{'0' * 64}  prompts.json\n")
+    load_pack(str(folder))
+    write(folder, [ROWS[0]])
+    with pytest.raises(BadInput, match=r"checksum of machine_ethics.jsonl is \w+\.\.\., MANIFEST.md says"):
+        load_pack(str(folder))
+    (folder / "MANIFEST.md").write_text(f"{good}  toxicity.jsonl.gz\n")
+    with pytest.raises(BadInput, match=r"toxicity.jsonl.gz is listed in MANIFEST.md but absent"):
+        load_pack(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROWS[0], {"id": "b", "input": "x", "role": "test"}], r"machine_ethics.jsonl:2: the record has no field 'label'"),
+        ([{**ROWS[0], "label": "wrong"}], r"machine_ethics.jsonl:1: field 'label' is 'wrong', not int"),
+        ([{**ROWS[0], "label": True}], r"field 'label' is True"),
+        ([ROWS[0], ROWS[0]], r"jsonl:2: id 'a' occurs twice"),
+        ([["no", "object"]], r"must be a JSON object, not list"),
+        ([], r"no records"),
+    ],
+)
+def test_bad_records(tmp_path, rows, message):
+    pack = load_pack(str(write(tmp_path / "p", rows)))
+    with pytest.raises(BadInput, match=message):
+        pack.records("machine_ethics")
+
+
+def test_bad_files(tmp_path):
+    folder = write(tmp_path / "p", name="machine_ethics.jsonl.gz")
+    data = (folder / "machine_ethics.jsonl.gz").read_bytes()
+    (folder / "machine_ethics.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadInput, match="cannot read"):
+        load_pack(str(folder)).records("machine_ethics")
+    (folder / "machine_ethics.jsonl.gz").unlink()
+    (folder / "machine_ethics.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(BadInput, match=r"jsonl:1: not JSON"):
+        load_pack(str(folder)).records("machine_ethics")
+    with pytest.raises(BadInput, match="no data files"):
+        (tmp_path / "empty").mkdir()
+        load_pack(str(tmp_path / "empty"))
+    with pytest.raises(BadInput, match="no folder"):
+        load_pack(str(tmp_path / "absent"))
+    with pytest.raises(KeyError, match="ethics"):
+        load_pack("").records("ethics")
+
+
+@pytest.mark.skipif(not os.environ.get("COMPTRUST_DATA"), reason="COMPTRUST_DATA is not set")
+def test_the_configured_pack():
+    pack = load_pack()
+    for name in pack.names:
+        records = pack.records(name)
+        assert records and all(set(FIELDS[name]) <= set(r) for r in records)
+    assert pack.digest == Pack(pack.folder, "again").digest
