@@ -47,20 +47,20 @@ class Plan:
     would read 4-byte pieces of it from a different cache line a token, more often than DRAM delivers weights.
     """
 
-    def __init__(self, x_TI: torch.Tensor, rows: int, steps: int, width: int, *, pack_x: bool = True) -> None:
+    def __init__(self, x_TI: torch.Tensor, rows: int, steps: int, width: int, *, pack_x: bool = True, most: int = 8) -> None:
         self.M, self.dtype, self.rows = x_TI.shape[0], x_TI.dtype, rows
         columns = steps * width
         if x_TI.shape[1] != columns:  # the tail of a last step; never for widths of real models
             x_TI = F.pad(x_TI, (0, columns - x_TI.shape[1]))
         blocks = -(-self.M // 8)
-        self.NT = min(8, 1 << (blocks - 1).bit_length())
+        self.NT = min(most, 1 << (blocks - 1).bit_length())
         groups = -(-blocks // self.NT)
         self.T8 = groups * self.NT
         self.packed_x = pack_x and self.M > 8
         self.K2 = columns // 2
         self.x = fragments_of(x_TI, self.T8) if self.packed_x else x_TI.view(torch.int32)
         programs = -(-rows // ROWS) * groups
-        self.W = 4 if self.NT == 8 else 8
+        self.W = 8 if self.NT <= 2 else 4
         # One step a warp is in flight (the assembler moves no second load above a tensor-core instruction): 32 warps of 1.1 KB on
         # each multiprocessor cover latency x bandwidth (about 25 KB). A split costs M x rows floats, written and read again.
         self.S = 1

@@ -123,9 +123,9 @@ def _fragments(packed: Packed) -> dict[str, torch.Tensor]:
         for a, b in row_blocks(O, I)
     ]
     out |= {k: torch.cat([block[k] for block in blocks]) for k in blocks[0]}
-    out["scale"] = F.pad(t["scale"], (0, 0, 0, rows - O)).T.contiguous()
-    if "zero" in t:
-        out["zero"] = F.pad(t["zero"], (0, 0, 0, rows - O)).T.contiguous()
+    for name in ("scale", "zero"):
+        if name in t:  # [G, O] with the four rows of a lane (two tiles, rows g and g + 8) side by side
+            out[name] = F.pad(t[name], (0, 0, 0, rows - O)).T.reshape(-1, 2, 2, 8).permute(0, 3, 1, 2).reshape(-1, rows)
     return out
 
 
@@ -170,7 +170,7 @@ def _from_fragments(packed: Packed) -> dict[str, torch.Tensor]:
         out["codes"] = codes("codes", spec.bits, _INT[spec.name])
     for name in ("scale", "zero"):
         if name in t:
-            out[name] = t[name].T[:O].contiguous()
+            out[name] = t[name].reshape(-1, 8, 2, 2).permute(0, 2, 3, 1).reshape(-1, rows).T[:O].contiguous()
     return out
 
 

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from .formats import Packed
 from .fragments import KIND, OPERANDS_SP, Plan, mma_sp, store_tiles
 
+
 @gluon.jit
 def sp24_mma(
     x_ptr, a_ptr, e_ptr, y_ptr, M, N, K2, KT, T8, per,

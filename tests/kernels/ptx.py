@@ -165,12 +165,15 @@ class Program:
 class Block:
     """The threads of one block."""
 
-    def __init__(self, program, memory, args, ctaid):
+    def __init__(self, program, memory, args, ctaid, grid):
         self.p, self.m, self.n = program, memory, program.threads
-        self.regs, self.ctaid = {}, ctaid
+        self.regs = {}
+        self.special = {f"%ctaid.{d}": v for d, v in zip("xyz", ctaid, strict=True)}
+        self.special |= {f"%nctaid.{d}": v for d, v in zip("xyz", grid, strict=True)} | {"global_smem": 0}
         self.shared = np.zeros(1 << 18, np.uint8)
         self.args = {name: value for (_, name), value in zip(program.params, args, strict=False)}
         self.tid = np.arange(self.n)
+        self.special |= {"%tid.x": self.tid, "%laneid": self.tid % 32}
 
     # -- operands ------------------------------------------------------------------------------------------------------
 
@@ -179,11 +182,8 @@ class Block:
         if o in self.regs:
             value = self.regs[o]
             return value if value.dtype == dtype else value.astype(dtype)
-        if o in ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%laneid"):
-            special = {"%tid.x": self.tid, "%laneid": self.tid % 32}
-            return (special.get(o) if o in special else np.full(self.n, self.ctaid["xyz".index(o[-1])])).astype(dtype)
-        if o == "global_smem":
-            return np.zeros(self.n, dtype)
+        if o in self.special:
+            return np.broadcast_to(self.special[o], self.n).astype(dtype)
         if o.startswith("0f"):
             return np.full(self.n, int(o[2:], 16), dtype)
         if o in ("true", "false"):
@@ -289,7 +289,11 @@ class Block:
         size = {"b8": 1, "u8": 1, "b16": 2, "u16": 2, "b64": 8}.get(kind, 4)
         dtype = {1: np.uint8, 2: np.uint16, 4: U32, 8: U64}[size]
         raw = np.concatenate(
-            [np.ascontiguousarray(self.get(v, max(16, size * 8)).astype(dtype)).view(np.uint8).reshape(self.n, size) for v in values], 1
+            [
+                np.ascontiguousarray(self.get(v, max(16, size * 8)).astype(dtype)).view(np.uint8).reshape(self.n, size)
+                for v in values
+            ],
+            1,
         )
         live = np.ones(self.n, bool) if mask is None else mask
         if parts[1] == "shared":
@@ -419,7 +423,14 @@ class Block:
         self.put(a[0], out, mask)
 
     def op_setp(self, op, parts, kind, width, a, mask):
-        compare = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
+        compare = {
+            "lt": np.less,
+            "le": np.less_equal,
+            "gt": np.greater,
+            "ge": np.greater_equal,
+            "eq": np.equal,
+            "ne": np.not_equal,
+        }
         f = compare[parts[1]]
         read = self.signed if kind.startswith("s") else self.get
         self.put(a[0], f(read(a[1], width), read(a[2], width)), mask)
@@ -483,4 +494,4 @@ def launch(ptx: str, grid, args):
     for z in range(grid[2]):
         for y in range(grid[1]):
             for x in range(grid[0]):
-                Block(program, memory, values, (x, y, z)).run()
+                Block(program, memory, values, (x, y, z), grid).run()
