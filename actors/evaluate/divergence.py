@@ -7,9 +7,8 @@ KL is of second order, about 1e-7 nats), its most likely tokens exactly, and wha
 - ``kl_dense``: mean over positions of KL(dense || cell) = sum_v p(v) (log p(v) - log q(v)), nats.
 - ``top1_agreement``: share of positions where both find the same token most likely.
 - ``flips`` (Dutta et al., "Accuracy is Not All You Need", arXiv 2407.09141, section 3): share of answers correct in one and not
-  in the other, in either direction, over the dimensions that have right answers (some answer of the dense model or of the cell
-  is ``correct`` or ``wrong``). Refused, unparseable, empty and degenerate answers are not correct. Dimensions that
-  only grade answers (toxicity) have no flips.
+  in the other, in either direction. Refused, unparseable, empty and degenerate answers are not correct. Dimensions that only
+  grade answers (``scored`` occurs in either cell, ``correct`` and ``wrong`` never: toxicity) have no flips.
 
 Legend: K positions, V vocabulary.
 """
@@ -96,20 +95,20 @@ def divergence_rows(scores: Divergence) -> list[MetricRow]:
 
 
 def flip_rows(rows: Sequence[Mapping[str, Any]], dense: torch.Tensor) -> list[MetricRow]:
-    """``flips`` of every dimension with right answers (scenario = its name) and over all of them (scenario "").
+    """``flips`` of every dimension with right answers (scenario: its name) and over all of them (scenario: "").
 
     ``rows`` are the cell's answers in the order of the plan, ``dense`` their outcomes in the dense cell.
     """
     if len(rows) != len(dense):
         raise CellError(f"the dense reference has {len(dense)} answers, this cell {len(rows)}: run the dense cell again")
-    keyed, flips = {Outcome.CORRECT, Outcome.WRONG}, {}
-    has_key: set[str] = set()
+    flips: dict[str, list[bool]] = {}
+    seen: dict[str, set[Outcome]] = {}
     for row, code in zip(rows, dense.tolist(), strict=True):
         mine, theirs = Outcome(row["outcome"]), _CODES[code]
         flips.setdefault(row["dimension"], []).append((mine == Outcome.CORRECT) != (theirs == Outcome.CORRECT))
-        if {mine, theirs} & keyed:
-            has_key.add(row["dimension"])
-    parts = {d: f for d, f in flips.items() if d in has_key}
+        seen.setdefault(row["dimension"], set()).update((mine, theirs))
+    keyed = {Outcome.CORRECT, Outcome.WRONG}
+    parts = {d: f for d, f in flips.items() if seen[d] & keyed or Outcome.SCORED not in seen[d]}
     if not parts:
         return []
     every = [f for part in parts.values() for f in part]

@@ -324,7 +324,7 @@ class Generator:
 
     def _within_memory(self, run: Callable[[int], None]) -> None:
         """Run with half the batch each time memory runs out; what is finished stays finished."""
-        # Not accelerate's find_executable_batch_size itself: it collects garbage at every call, and this is called for every task.
+        # Not accelerate's find_executable_batch_size itself: it collects garbage at every call, which costs more than a task.
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         while True:

@@ -81,7 +81,11 @@ def test_flips_by_hand():
     assert (rows[""].value, rows[""].n) == (2 / 6, 6)
     with pytest.raises(CellError, match="7 answers, this cell 6"):
         flip_rows(cell[1:], encode_outcomes(dense))
-    assert flip_rows([row("scored")], encode_outcomes([row("scored")])) == []
+    assert flip_rows([row("scored")], encode_outcomes([row("empty")])) == []
+    assert [r.value for r in flip_rows([row("empty")], encode_outcomes([row("refused")]))] == [
+        0,
+        0,
+    ]  # has a key, nobody found it
 
 
 outcomes = st.lists(
