@@ -83,7 +83,7 @@ def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(ref), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(ref), trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise BadInput(f"{ref.spec!r} has no tokenizer that transformers can load: {error}", where="model") from error
     if tokenizer.pad_token is None:
@@ -128,7 +128,7 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    folder = _model_folder(ref, progress)
+    folder = model_folder(ref, progress)
     with _loading(progress):
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -214,6 +214,7 @@ def _in_directory(spec: str, folder: Path, where: str, allow_bin: bool) -> Model
 
 
 def _on_hub(spec: str, where: str, allow_bin: bool) -> ModelRef:
+    from httpx2 import TransportError  # what huggingface_hub 2 speaks HTTP with: no name service, no route, time-out
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -241,7 +242,7 @@ def _on_hub(spec: str, where: str, allow_bin: bool) -> ModelRef:
             where=where,
             fix="Check the spelling; a private model needs HF_TOKEN",
         ) from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
         commit = _downloaded(repo, revision or "main")
         if commit is None:
             raise BadInput(
@@ -291,7 +292,7 @@ def _sha256(path: Path) -> str:
 # --- folders, converting where needed ----------------------------------------------------------------------------------------
 
 
-def _model_folder(ref: ModelRef, progress: Progress | None) -> Path:
+def model_folder(ref: ModelRef, progress: Progress | None) -> Path:
     folder = ref.path if ref.path is not None else _download(ref, weights=True)
     if folder.suffix == ".gguf":
         return _once(ref, "model", lambda out: _convert_gguf(folder, out, progress))
@@ -300,7 +301,7 @@ def _model_folder(ref: ModelRef, progress: Progress | None) -> Path:
     return folder
 
 
-def _tokenizer_folder(ref: ModelRef) -> Path:
+def tokenizer_folder(ref: ModelRef) -> Path:
     folder = ref.path if ref.path is not None else _download(ref, weights=False)
     if folder.suffix == ".gguf":
         return _once(ref, "tokenizer", lambda out: _convert_tokenizer(folder, out))
