@@ -5,6 +5,7 @@ A plain class: Ray wraps it in ``sweep/launch.py``, ``comptrust evaluate`` and t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import time
@@ -47,6 +48,7 @@ class Worker:
         self.config, self.progress = config, progress or (lambda stage, done, total: None)
         self.record = Record(config.record)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.spread = torch.cuda.device_count() > 1  # a cell with several GPUs: accelerate's device map
         torch.set_num_threads(config.threads)
         self.held: tuple[str, str] | None = None  # (model revision, dtype)
         self.model: Any = None
@@ -55,6 +57,10 @@ class Worker:
         self._calibrations: dict[str, Any] = {}
         self._references: dict[str, Any] = {}
         self._plan: Any = None
+        from .compress.artifacts import ArtifactCache
+        from .models import cache_dir
+
+        self.cache = ArtifactCache(cache_dir() / "artifacts", int(config.cache_gb * 1e9))
 
     # -- the two steps ------------------------------------------------------------------------------------------------
 
@@ -87,7 +93,13 @@ class Worker:
             return self._evaluate(cell, row, batch_scale)
         except Exception as e:
             log.warning("cell %s (%s) failed", cell.key, cell.label, exc_info=not isinstance(e, CellError | BadInput))
-            failed = {**row, "status": "failed", "error_type": type(e).__name__, "error": str(e)[:2000], "finished_at": datetime.now(UTC)}
+            failed = {
+                **row,
+                "status": "failed",
+                "error_type": type(e).__name__,
+                "error": str(e)[:2000],
+                "finished_at": datetime.now(UTC),
+            }
             self.record.fail(failed)
             return failed
         finally:
@@ -111,21 +123,38 @@ class Worker:
         ref = models.resolve(cell.model)
         if ref.revision != cell.revision:
             raise CellError(f"{cell.model} is now {ref.revision}, the sweep was planned with {cell.revision}")
-        self.model, self.tokenizer = models.load(ref, dtype=cell.dtype, device=self.device, progress=self.progress)
+        device = "auto" if self.spread else self.device
+        self.model, self.tokenizer = models.load(ref, dtype=cell.dtype, device=device, progress=self.progress)
         self.held = want
 
     def _compress(self, cell: Cell) -> None:
         from . import compress
+        from .compress import artifacts
 
         if self.prepared and self.prepared[0] == cell.artifact_key:
             return
         self.prepared = None
-        tokens = self._calibration(cell).tokens if cell.calibration else None
         start = time.perf_counter()
-        compressed = compress.compress(
-            self.model, cell.method, dict(cell.params), tokens, device=self.device, progress=self.progress
-        )
-        self.prepared = (cell.artifact_key, compressed, time.perf_counter() - start)
+        if (found := self.cache.get(cell.artifact_key)) is not None:
+            compressed = artifacts.restore(self.model, *found)
+            self.prepared = (cell.artifact_key, compressed, compressed.seconds)
+            return
+        tokens = self._calibration(cell).tokens if cell.calibration else None
+        if cell.backend in ("comptrust", "bitsandbytes"):
+            device = self.device if self.spread is False else None  # a spread model's blocks are worked on where they are
+            compressed = compress.compress(
+                self.model, cell.method, dict(cell.params), tokens, device=device, progress=self.progress
+            )
+        else:
+            from .compress import backends
+
+            compressed = backends.compress_cell(cell, self.model, self.tokenizer, tokens, progress=self.progress)
+        seconds = time.perf_counter() - start
+        if seconds > CACHE_FROM_S and (kept := artifacts.dump(compressed, self.model)) is not None:
+            self.progress("cache artefact", 0, 1)
+            with contextlib.suppress(OSError):  # a full cache disk costs a repetition after a kill, not the cell
+                self.cache.put(cell.artifact_key, *kept)
+        self.prepared = (cell.artifact_key, compressed, seconds)
 
     def _calibration(self, cell: Cell) -> Any:
         found = self._calibrations.get(cell.calibration_digest)
@@ -133,7 +162,9 @@ class Worker:
             self.progress("calibration", 0, 1)
             found = calibrate(CalibrationConfig(**cell.calibration), self.tokenizer)
             if found.digest != cell.calibration_digest:
-                raise CellError(f"calibration tokens are now {found.digest}, the sweep was planned with {cell.calibration_digest}")
+                raise CellError(
+                    f"calibration tokens are now {found.digest}, the sweep was planned with {cell.calibration_digest}"
+                )
             self._calibrations[found.digest] = found
         return found
 
@@ -158,6 +189,7 @@ class Worker:
         _, compressed, compress_s = self.prepared
         start = time.perf_counter()
         dense = cell.method == "dense"
+        execution, kernel = self._execution(compressed)
         result = evaluate(
             compressed.model,
             self.tokenizer,
@@ -180,8 +212,8 @@ class Worker:
             "bits_per_weight": compressed.bits_per_weight,
             "sparsity_reached": compressed.sparsity_reached,
             "overlap": self._overlap(cell),
-            "execution": "simulated",
-            "kernel": None,
+            "execution": execution,
+            "kernel": kernel,
             "compress_s": compress_s,
             "evaluate_s": time.perf_counter() - start,
             "prefill_tokens_s": prefill,
@@ -194,6 +226,22 @@ class Worker:
         metrics = [m._asdict() for m in result.metrics]
         self.record.commit(row, metrics, result.items, compressed.layers)
         return {**row, "metrics": metrics}
+
+    def _execution(self, compressed: Any) -> tuple[str, str | None]:
+        """Swap our kernels into a pruned cell where the GPU has them; ("kernel", their names) or ("simulated", None)."""
+        import torch
+
+        supported = self.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+        if self.config.execution == "simulated" or compressed.sparsity_reached is None or not supported:
+            return "simulated", None
+        from ..kernels.modules import swap
+        from .compress.export import pack_pruned
+
+        chosen = swap(
+            compressed.model, pack_pruned(compressed), backend="triton" if self.config.execution == "kernel" else "auto"
+        )
+        kernels = sorted(set(chosen.values()) - {"dense"})
+        return ("kernel", " ".join(kernels)) if kernels else ("simulated", None)
 
     def _reference(self, cell: Cell) -> Any:
         """The dense cell's reference outputs, or None if the dense cell failed."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .cell import Cell
 from .errors import BadInput
 
 Progress = Callable[[str, int, int], None]
@@ -49,19 +50,30 @@ def compress(
     if reason := methods.incompatible(method, filled, models.load_config(ref)):
         raise BadInput(reason, where=f"{method} on {model}")
     tokens = digest = None
+    spec = CalibrationConfig(**dict(calibration or {}))
     if backend != "comptrust":
         from .compress.backends import compress_with
 
-        return compress_with(backend, ref, method, filled, dict(calibration or {}), output, progress=progress)
+        return compress_with(backend, ref, method, filled, spec, output, progress=progress)
     if methods.METHODS[method].needs_calibration:
-        drawn = calibrate(CalibrationConfig(**dict(calibration or {})), models.load_tokenizer(ref))
+        needed = methods.required_tokens(method, filled, models.load_config(ref))
+        if (have := spec.samples * spec.seqlen) < needed:
+            raise BadInput(
+                f"{method} needs {needed} calibration tokens, samples x seqlen gives {have}", where="--samples", fix="Raise it."
+            )
+        drawn = calibrate(spec, models.load_tokenizer(ref))
         tokens, digest = drawn.tokens, drawn.digest
     dense, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
     done = methods.compress(dense, method, filled, tokens, device=_device(), progress=progress)
     if output is not None:
         from .compress.export import export
 
-        export(done, dense, tokenizer, output, method=method, params=filled, source=model, calibration_digest=digest)
+        cell = Cell(
+            model=model, revision=ref.revision, method=method, params=filled, dtype=_dtype(dtype),
+            backend=methods.METHODS[method].backend, template=models.template_digest(tokenizer),
+            calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
+        )  # fmt: skip
+        export(done, tokenizer, output, cell=cell)
     return {
         "model": done.model,
         "tokenizer": tokenizer,

@@ -37,11 +37,17 @@ class Cell(BaseModel):
     revision: str = Field(description="resolved commit (hub) or content digest (directory, package)")
     method: str = Field(description="one of METHODS")
     params: Mapping[str, Any] = Field(default_factory=dict, description="every parameter of the method, defaults filled in")
-    backend: str = Field(default="comptrust", description="comptrust, bitsandbytes, autoawq, auto-gptq, gptqmodel, llmcompressor")
+    backend: str = Field(
+        default="comptrust", description="comptrust, bitsandbytes, autoawq, auto-gptq, gptqmodel, llmcompressor"
+    )
     dtype: str = Field(default="float32", description="dtype in which the dense weights are held and the model runs")
     template: str = Field(default="", description="digest of the chat template; empty if the tokenizer has none")
-    calibration: Mapping[str, Any] | None = Field(default=None, description="the calibration block, for people; its digest is identity")
-    calibration_digest: str | None = Field(default=None, description="digest of the calibration token ids; None: no calibration")
+    calibration: Mapping[str, Any] | None = Field(
+        default=None, description="the calibration block, for people; its digest is identity"
+    )
+    calibration_digest: str | None = Field(
+        default=None, description="digest of the calibration token ids; None: no calibration"
+    )
     suite: str = Field(default="smoke", description="smoke, standard or full, for people; `evaluation` is identity")
     evaluation: str = Field(default="", description="digest of evaluated item ids, prompts, decoding, samples and data pack")
 

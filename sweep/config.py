@@ -79,12 +79,16 @@ class MethodConfig(BaseModel):
 class Resources(_Frozen):
     """What one cell takes, and how often it may be tried."""
 
-    gpus: float | None = Field(default=None, ge=0, description="GPUs per cell (0.5: two cells share one); default 1 if the cluster has any, else 0")
+    gpus: float | None = Field(
+        default=None, ge=0, description="GPUs per cell (0.5: two cells share one); default 1 if the cluster has any, else 0"
+    )
     cpus: int = Field(default=1, ge=1, description="CPU threads per cell")
     memory_gb: float | None = Field(default=None, gt=0, description="host memory reserved per cell, GB")
     workers: int | None = Field(default=None, ge=1, description="at most so many cells at once; default: as many as fit")
     timeout_s: float | None = Field(default=None, gt=0, description="a cell that runs longer fails, seconds")
-    attempts: int = Field(default=3, ge=1, le=20, description="tries of a cell whose worker or node dies; a cell's own error is final")
+    attempts: int = Field(
+        default=3, ge=1, le=20, description="tries of a cell whose worker or node dies; a cell's own error is final"
+    )
     max_failures: int = Field(default=1_000_000, ge=1, description="stop the sweep after so many failed cells")
     cache_gb: float = Field(default=50, ge=0, description="disk budget of cached compressed artefacts per node, GB; 0: none")
 
@@ -105,12 +109,18 @@ class SweepConfig(_Frozen):
 
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9._-]+$", max_length=64)
     models: tuple[ModelConfig, ...] = Field(min_length=1)
-    methods: tuple[MethodConfig, ...] = Field(default=(), description="blocks of the grid; the dense cell of each model is always added")
-    exclude: tuple[dict[str, Any], ...] = Field(default=(), description="cells to leave out: all given fields must match, lists mean any of")
+    methods: tuple[MethodConfig, ...] = Field(
+        default=(), description="blocks of the grid; the dense cell of each model is always added"
+    )
+    exclude: tuple[dict[str, Any], ...] = Field(
+        default=(), description="cells to leave out: all given fields must match, lists mean any of"
+    )
     calibration: CalibrationAxes = Field(default_factory=CalibrationAxes)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     resources: Resources = Field(default_factory=Resources)
-    absent: tuple[str, ...] = Field(default=(), description="measurements of a reproduced study that this sweep does not make; `plan` lists them")
+    absent: tuple[str, ...] = Field(
+        default=(), description="measurements of a reproduced study that this sweep does not make; `plan` lists them"
+    )
     results: str = Field(default="", description="folder, s3://... or gs://...; default: results/<name>")
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     execution: Literal["auto", "kernel", "simulated"] = Field(
@@ -177,10 +187,14 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
             names = shipped()
             near = difflib.get_close_matches(str(sweep), names, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise BadInput(f"no sweep {str(sweep)!r}", where="SWEEP", fix=f"{hint}Give a YAML file or one of: {', '.join(names)}.")
+            raise BadInput(
+                f"no sweep {str(sweep)!r}", where="SWEEP", fix=f"{hint}Give a YAML file or one of: {', '.join(names)}."
+            )
         data = parse_yaml(text, where)
     if not isinstance(data, dict):
-        raise BadInput(f"a sweep is a mapping, this is {type(data).__name__}", where=where, fix="Start from `comptrust plan quickstart`.")
+        raise BadInput(
+            f"a sweep is a mapping, this is {type(data).__name__}", where=where, fix="Start from `comptrust plan quickstart`."
+        )
     for text in overrides:
         _override(data, text)
     return validate(SweepConfig, data)
@@ -189,7 +203,9 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
 def _override(data: dict[str, Any], text: str) -> None:
     path, eq, value = text.partition("=")
     if not eq or not path:
-        raise BadInput(f"{text!r} is no override", where="--set", fix="Write --set a.b=c, for example --set evaluation.suite=standard.")
+        raise BadInput(
+            f"{text!r} is no override", where="--set", fix="Write --set a.b=c, for example --set evaluation.suite=standard."
+        )
     node: Any = data
     *parents, last = path.split(".")
     for i, name in enumerate(parents):

@@ -69,7 +69,9 @@ def _checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[s
     known = compress.METHODS[block.method].config.model_fields
     for name in block.model_extra or {}:
         if name not in known:
-            raise BadInput(unknown(name, [*known, "backend", "calibration"], f"parameter of {block.method}"), where=f"{where}.{name}")
+            raise BadInput(
+                unknown(name, [*known, "backend", "calibration"], f"parameter of {block.method}"), where=f"{where}.{name}"
+            )
     return block, [compress.check(block.method, p, where=where) for p in block.params()]
 
 
@@ -84,7 +86,7 @@ def _check_exclude(config: SweepConfig) -> None:
                 raise BadInput(unknown(name, sorted(known), "field"), where=f"exclude[{i}].{name}")
 
 
-def _excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
+def excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
     def fits(want: Any, have: Any) -> bool:
         return have in want if isinstance(want, list | tuple) else have == want
 
@@ -117,7 +119,9 @@ def _expand_model(
         if block.method == "dense":
             continue
         spec = compress.METHODS[block.method]
-        backend = block.backend if block.backend != "comptrust" else ("bitsandbytes" if block.method in BITSANDBYTES else "comptrust")
+        backend = (
+            block.backend if block.backend != "comptrust" else ("bitsandbytes" if block.method in BITSANDBYTES else "comptrust")
+        )
         axes = block.calibration or config.calibration
         calibrations = _calibrations(axes, ref) if spec.needs_calibration else [(None, None)]
         for params in combinations:
@@ -127,7 +131,7 @@ def _expand_model(
                     **base, method=block.method, params=params, backend=backend,
                     calibration=spec_c, calibration_digest=digest,
                 )  # fmt: skip
-                if _excluded(config, {**(spec_c or {}), **params, **base, "method": block.method, "backend": backend}):
+                if excluded(config, {**(spec_c or {}), **params, **base, "method": block.method, "backend": backend}):
                     continue
                 if spec_c and not reason:
                     _enough(spec_c, compress.required_tokens(block.method, params, hf_config), cell.label)
@@ -167,7 +171,10 @@ def order(cells: list[Cell], workers: int) -> list[Cell]:
     by_model: dict[str, list[Cell]] = {}
     for c in cells:
         by_model.setdefault(c.model + c.dtype, []).append(c)
-    queues = [sorted(q, key=lambda c: (c.method != "dense", rank.get(c.method, 0), canonical(dict(c.params)))) for q in by_model.values()]
+    queues = [
+        sorted(q, key=lambda c: (c.method != "dense", rank.get(c.method, 0), canonical(dict(c.params))))
+        for q in by_model.values()
+    ]
     out: list[Cell] = []
     active, rest = queues[: max(workers, 1)], queues[max(workers, 1) :]
     while active:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import netrc
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from .. import __version__
 from ..actors.actor import WorkerConfig, cell_row
@@ -89,7 +91,14 @@ def run_sweep(
         identity = register(record, config, grid)
         view.plan(config, grid, len(grid.cells) - len(todo))
         outcome = Outcome(
-            identity, config.results, len(grid.cells), len(grid.cells) - len(todo), 0, len(grid.skipped), 0.0, stages=view.stages
+            identity,
+            config.results,
+            len(grid.cells),
+            len(grid.cells) - len(todo),
+            0,
+            len(grid.skipped),
+            0.0,
+            stages=view.stages,
         )
         if todo:
             _launch(config, record, grid, todo, identity, address, view, executor, outcome)
@@ -105,17 +114,28 @@ def check_writable(record: Record) -> None:
     try:
         record.put_json("comptrust.json", {"comptrust": __version__})
     except (OSError, PermissionError) as e:
-        raise BadInput(f"cannot write to {record.uri!r}: {e}", where="results", fix="Check the path, its permissions and free space.") from e
+        raise BadInput(
+            f"cannot write to {record.uri!r}: {e}", where="results", fix="Check the path, its permissions and free space."
+        ) from e
     for path in [*record.list("compact/cells")[-1:], *record.list("cells")[-1:]]:
         record.get_table(path)
 
 
 def _check_wandb(config: SweepConfig) -> None:
-    if config.wandb.mode == "online":
-        import wandb
-
-        if not (os.environ.get("WANDB_API_KEY") or (wandb.Api.__module__ and wandb.api.api_key)):
-            raise BadInput("'online' needs an API key, and there is none", where="wandb.mode", fix="Run `wandb login`, set WANDB_API_KEY, or use offline.")
+    """Online mode needs a key before any work: in the environment, or in netrc for the server's host (where `wandb login` puts it)."""
+    if config.wandb.mode != "online" or os.environ.get("WANDB_API_KEY"):
+        return
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        found = None
+    if not found:
+        raise BadInput(
+            "'online' needs an API key, and there is none",
+            where="wandb.mode",
+            fix="Run `wandb login`, set WANDB_API_KEY, or use offline.",
+        )
 
 
 def register(record: Record, config: SweepConfig, grid: Grid) -> str:
@@ -156,10 +176,14 @@ def _locked(record: Record) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise BadInput(
-            f"another comptrust run works in {record.uri!r}", where="results", fix="Wait for it (comptrust status), or give --results elsewhere."
+            f"another comptrust run works in {record.uri!r}",
+            where="results",
+            fix="Wait for it (comptrust status), or give --results elsewhere.",
         ) from None
     except OSError as e:
-        raise BadInput(f"cannot write to {record.uri!r}: {e}", where="results", fix="Check the path and its permissions.") from e
+        raise BadInput(
+            f"cannot write to {record.uri!r}: {e}", where="results", fix="Check the path and its permissions."
+        ) from e
     try:
         yield
     finally:
@@ -216,8 +240,15 @@ def _launch(
         pool = (
             ray.remote(PoolActor)
             .options(name=f"comptrust-{identity}-{run}-pool", num_cpus=0, max_concurrency=10_000)
-            .remote(f"comptrust-{identity}-{run}", [c.model_dump(mode="json") for c in ordered], needs, workers, worker_config, executor,
-                    config.resources.max_failures)
+            .remote(
+                f"comptrust-{identity}-{run}",
+                [c.model_dump(mode="json") for c in ordered],
+                needs,
+                workers,
+                worker_config,
+                executor,
+                config.resources.max_failures,
+            )
         )  # fmt: skip
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
@@ -262,7 +293,7 @@ def connect(address: str | None) -> None:
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(
             f"cannot join Ray at {target!r}: {text}", where="--address",
-            fix="The cluster needs the same Ray and Python versions as this machine: `comptrust doctor` prints them.",
+            fix="The cluster needs this machine's Ray and Python versions: `comptrust doctor` prints them.",
         ) from e  # fmt: skip
 
 
@@ -273,11 +304,15 @@ def _reachable(target: str) -> None:
         with socket.create_connection((host, int(port)), timeout=5):
             return
     except (OSError, ValueError) as e:
-        raise BadInput(f"nothing answers at {target!r} ({e})", where="--address", fix="Give HOST:PORT of the head node, or `auto` on a node.") from e
+        raise BadInput(
+            f"nothing answers at {target!r} ({e})",
+            where="--address",
+            fix="Give HOST:PORT of the head node, or `auto` on a node.",
+        ) from e
 
 
 def need_of(config: SweepConfig, model: str, grid: Grid) -> Need:
-    """Resources of a cell of ``model``. Without a GPU in the cluster: CPU workers, a little under whole CPUs so that coordinators fit beside."""
+    """Resources of a cell of ``model``. Without a GPU: CPU workers, a little under whole CPUs so that coordinators fit beside."""
     import ray
 
     own, common = grid.need[model], config.resources
@@ -370,7 +405,9 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
         if last or time.monotonic() - wrote > 5:
             wrote = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
-                record.put_json(f"progress/{identity}.json", {**view.state(snap, outcome), "updated": datetime.now(UTC).isoformat()})
+                record.put_json(
+                    f"progress/{identity}.json", {**view.state(snap, outcome), "updated": datetime.now(UTC).isoformat()}
+                )
         if last:
             return
         stop.wait(0.5)
@@ -396,7 +433,13 @@ class PoolActor(Pool):
         env = {"OMP_NUM_THREADS": str(need.threads), "TOKENIZERS_PARALLELISM": "false"}
         return (
             ray.remote(RayWorker)
-            .options(name=f"{self.name}-worker{number}", num_gpus=need.gpus, num_cpus=need.cpus, runtime_env={"env_vars": env}, **options)
+            .options(
+                name=f"{self.name}-worker{number}",
+                num_gpus=need.gpus,
+                num_cpus=need.cpus,
+                runtime_env={"env_vars": env},
+                **options,
+            )
             .remote(self.config, self.executor, me, number)
         )
 
@@ -501,4 +544,3 @@ def _lost(cell: Cell, attempt: int, start: datetime, error_type: str, error: str
     return cell_row(
         cell, attempts=attempt, status="failed", error_type=error_type, error=error[:2000], started_at=start, finished_at=now
     )
-

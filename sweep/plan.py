@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from ..actors.cell import Cell
+from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig
-from .grid import expand
+from .grid import excluded, expand
 
 #: Sustained share of a GPU's dense bf16 peak in forward passes of compression and prefill (an H100 reaches about 40%), FLOP/s.
 FLOPS = 400e12
@@ -25,49 +28,118 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     """Cells by model and method, what is done, impossible combinations with reasons, and estimates of GPU hours, memory and disk."""
     from ..actors import models
 
-    grid = expand(config)
-    prompt = sum(len(text) for text in grid.plan.item_texts()) / CHARS_PER_TOKEN
+    try:
+        grid = expand(config)
+    except BadInput as e:
+        if not e.where.startswith("models[") and "hub" not in e.problem:
+            raise
+        return _unresolved(config, e)
+    prompt = _prompt_tokens(grid.plan)
     record = Record(config.results)
     done = record.done()
     per_model = []
-    hours = disk = 0.0
     for model in grid.need:
         ref = models.resolve(model)
         params = parameters(models.load_config(ref))
         cells = [c for c in grid.cells if c.model == model]
-        width = {"float32": 4}.get(cells[0].dtype, 2)
-        generated = grid.plan.new_tokens
-        seconds = 0.0
-        for c in cells:
-            if c.key in done:
-                continue
-            tokens = (c.calibration or {}).get("samples", 0) * (c.calibration or {}).get("seqlen", 0)
-            seconds += 2 * params * tokens * PASSES.get(c.method, 1) / FLOPS
-            seconds += 2 * params * prompt / FLOPS + generated / DECODE_BATCH * params * width / BANDWIDTH
-        cached = params * width if config.resources.cache_gb else 0
-        mine = {
-            "model": model, "revision": ref.revision, "parameters": params, "cells": len(cells),
-            "done": sum(c.key in done for c in cells),
-            "memory_gb": round(params * width * 1.3 / 1e9 + 1, 1),
-            "gpu_hours": round(seconds / 3600, 2),
-            "disk_gb": round(min(cached * len(cells) / 1e9, config.resources.cache_gb) + params * width / 1e9, 1),
-        }  # fmt: skip
-        hours += seconds / 3600
-        disk += mine["disk_gb"]
-        per_model.append(mine)
+        width = 4 if cells[0].dtype == "float32" else 2
+        seconds = sum(
+            _seconds(c.method, _tokens(c), params, width, prompt, grid.plan.new_tokens) for c in cells if c.key not in done
+        )
+        per_model.append(
+            _row(model, ref.revision, params, len(cells), sum(c.key in done for c in cells), seconds, width, config)
+        )
+    listed = [{"key": c.key, "model": c.model, "cell": c.label, "done": c.key in done} for c in grid.cells]
+    return _answer(config, listed, [vars(s) for s in grid.skipped], per_model, None)
+
+
+def _prompt_tokens(evaluation: Any) -> float:
+    chars = sum(len(m.content) for t in evaluation.tasks for i in t.items for m in t.task.messages(i))
+    return chars / CHARS_PER_TOKEN
+
+
+def _tokens(cell: Cell) -> int:
+    return (cell.calibration or {}).get("samples", 0) * (cell.calibration or {}).get("seqlen", 0)
+
+
+def _seconds(method: str, calibration: float, params: int, width: int, prompt: float, generated: float) -> float:
+    """GPU seconds of a cell: forward passes over calibration and prompts at FLOPS, decoding at BANDWIDTH."""
+    forward = 2 * params * (calibration * PASSES.get(method, 1) + prompt) / FLOPS
+    return forward + generated / DECODE_BATCH * params * width / BANDWIDTH
+
+
+def _row(
+    model: str, revision: str | None, params: int | None, cells: int, done: int, seconds: float | None, width: int, config: SweepConfig
+) -> dict[str, Any]:  # fmt: skip
+    size = (params or 0) * width
+    share = config.resources.cache_gb / len(config.models)
+    cached = min(size * cells / 1e9, share)
+    return {
+        "model": model, "revision": revision, "parameters": params, "cells": cells, "done": done,
+        "memory_gb": round(size * 1.3 / 1e9 + 1, 1) if params else None,
+        "gpu_hours": round(seconds / 3600, 2) if seconds is not None else None,
+        "disk_gb": round(cached + size / 1e9, 1) if params else None,
+    }  # fmt: skip
+
+
+def _answer(
+    config: SweepConfig, cells: list[dict[str, Any]], skipped: list[dict[str, Any]], per_model: list[dict[str, Any]], note: str | None
+) -> dict[str, Any]:  # fmt: skip
     return {
         "sweep": config.name,
         "results": config.results,
         "suite": config.evaluation.suite,
-        "cells": len(grid.cells),
-        "done": sum(k in done for k in grid.keys),
+        "cells": len(cells),
+        "done": sum(c["done"] for c in cells),
         "models": per_model,
-        "list": [{"key": c.key, "model": c.model, "cell": c.label, "done": c.key in done} for c in grid.cells],
-        "skipped": [vars(s) for s in grid.skipped],
+        "list": cells,
+        "skipped": skipped,
         "absent": list(config.absent),
-        "gpu_hours": round(hours, 2),
-        "disk_gb": round(disk, 1),
+        "note": note,
+        "gpu_hours": round(sum(m["gpu_hours"] or 0 for m in per_model), 2),
+        "disk_gb": round(sum(m["disk_gb"] or 0 for m in per_model), 1),
     }
+
+
+def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
+    """A plan for models that cannot be reached from here: cells counted without keys, sizes read from the names (``13b``)."""
+    from ..actors import compress
+    from ..actors.evaluate.data import load_pack
+    from ..actors.evaluate.run import plan_evaluation
+
+    evaluation = plan_evaluation(config.evaluation, load_pack())
+    prompt = _prompt_tokens(evaluation)
+    per_model, cells = [], []
+    for model in config.models:
+        size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", model.id.lower())
+        params = int(float(size[1]) * 1e9) if size else None
+        mine = [{"key": None, "model": model.id, "cell": "dense", "done": False}]
+        seconds = _seconds("dense", 0, params or 0, 2, prompt, evaluation.new_tokens)
+        for block in config.methods:
+            if block.method == "dense":
+                continue
+            needs = compress.METHODS[block.method].needs_calibration
+            axes = (block.calibration or config.calibration).expand() if needs else [None]
+            for given in block.params():
+                filled = compress.check(block.method, given, where="methods")
+                for c in axes:
+                    facts = {
+                        **(c.model_dump() if c else {}),
+                        **filled,
+                        "model": model.id,
+                        "method": block.method,
+                        "backend": block.backend,
+                    }
+                    if excluded(config, facts):
+                        continue
+                    tokens = c.samples * c.seqlen if c else 0
+                    cell = Cell(model=model.id, revision="", method=block.method, params=filled)
+                    seed = f" seed {c.seed}" if c else ""
+                    mine.append({"key": None, "model": model.id, "cell": cell.label + seed, "done": False})
+                    seconds += _seconds(block.method, tokens, params or 0, 2, prompt, evaluation.new_tokens)
+        cells += mine
+        per_model.append(_row(model.id, None, params, len(mine), 0, seconds if params else None, 2, config))
+    return _answer(config, cells, [], per_model, f"{why}: cells have no keys yet, sizes are read from the names")
 
 
 def parameters(config: Any) -> int:

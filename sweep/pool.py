@@ -54,7 +54,7 @@ class Slot:
 
 
 class Pool:
-    """``make(need, id)`` creates a worker handle; ``limit`` bounds the workers (0: grow with demand); ``cells`` is [(key, model, dense)]."""
+    """``make(need, id)`` creates a worker; ``limit`` bounds them (0: grow with demand); ``cells`` is [(key, model, dense)]."""
 
     def __init__(self, make: Any, cells: list[tuple[str, str, bool]], limit: int, idle_s: float = 30.0) -> None:
         self.make, self.limit, self.idle_s = make, limit, idle_s
@@ -133,7 +133,15 @@ class Pool:
             "finished": rows,
             "loads": self.loads,
             "workers": [
-                {"id": s.id, "key": s.key, "model": s.model, "stage": s.stage, "done": s.done, "total": s.total, "started": s.started}
+                {
+                    "id": s.id,
+                    "key": s.key,
+                    "model": s.model,
+                    "stage": s.stage,
+                    "done": s.done,
+                    "total": s.total,
+                    "started": s.started,
+                }
                 for s in self.slots.values()
             ],
         }

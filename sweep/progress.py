@@ -79,7 +79,9 @@ class View:
             self._last_line = time.monotonic()
             for w in snap["workers"]:
                 if w["key"]:
-                    self.console.print(f"  worker {w['id']}: {self.labels.get(w['key'], w['key'])}: {_doing(w)}", highlight=False)
+                    self.console.print(
+                        f"  worker {w['id']}: {self.labels.get(w['key'], w['key'])}: {_doing(w)}", highlight=False
+                    )
 
     def _finished(self, row: dict[str, Any], outcome: Any) -> None:
         self._last_line = time.monotonic()
@@ -89,9 +91,13 @@ class View:
         if row["status"] == "done":
             ppl = next((m["value"] for m in row.get("metrics", ()) if m["metric"] == "perplexity"), None)
             more = f" · perplexity {ppl:.2f}" if ppl is not None else ""
-            self.console.print(f"{head}: {seconds:.0f} s{more} · {row['bits_per_weight']:.2f} bits/weight", markup=False, highlight=False)
+            self.console.print(
+                f"{head}: {seconds:.0f} s{more} · {row['bits_per_weight']:.2f} bits/weight", markup=False, highlight=False
+            )
         else:
-            self.console.print(f"{head}: failed: {row['error_type']}: {row['error'][:200]}", style="red", markup=False, highlight=False)
+            self.console.print(
+                f"{head}: failed: {row['error_type']}: {row['error'][:200]}", style="red", markup=False, highlight=False
+            )
 
     def state(self, snap: dict[str, Any], outcome: Any) -> dict[str, Any]:
         """The figures as JSON for `comptrust status` on another machine."""
@@ -108,14 +114,21 @@ class View:
     def _render(self, snap: dict[str, Any], outcome: Any) -> Group:
         state = self.state(snap, outcome)
         bar = Progress(
-            TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.console
+            TextColumn("cells"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
         )
         left = f"about {_clock(state['left_s'])} left" if state["left_s"] is not None else ""
         task = bar.add_task("cells", total=outcome.total, completed=outcome.done + outcome.failed, left=left)
         bar.tasks[task].start_time = bar.get_time() - state["elapsed_s"]
         table = Table(box=None, padding=(0, 2), show_header=False)
         for w in snap["workers"]:
-            table.add_row(f"worker {w['id']}", self.labels.get(w["key"], "-") if w["key"] else "-", _doing(w) if w["key"] else "idle")
+            table.add_row(
+                f"worker {w['id']}", self.labels.get(w["key"], "-") if w["key"] else "-", _doing(w) if w["key"] else "idle"
+            )
         return Group(bar, table)
 
     def close(self) -> None:

@@ -23,7 +23,9 @@ def rescore(uri: str) -> int:
     cells = results.rows("select * from cells where status = 'done' order by key")
     if results.rows("select 1 as x from items where text is null and text_sha is not null limit 1"):
         raise BadInput(
-            "only hashes of the answers were kept (evaluation.keep_text: false)", where=uri, fix="Run the sweep again with keep_text: true."
+            "only hashes of the answers were kept (evaluation.keep_text: false)",
+            where=uri,
+            fix="Run the sweep again with keep_text: true.",
         )
     record = results.record
     for cell in cells:
@@ -43,9 +45,13 @@ def rescore(uri: str) -> int:
             metrics += fresh
         rows = [{**m, "key": cell["key"]} for m in [*metrics, *kept]]
         record.put_table(f"metrics/{cell['key']}.parquet", to_table("metrics", rows))
-        for name in ("items", "layers", "cells"):  # a compacted cell has no parts: write them, so that the part stands above the generation
+        for name in (
+            "items",
+            "layers",
+            "cells",
+        ):  # a compacted cell has no parts: write them, so that the part stands above the generation
             if record.get_table(f"{name}/{cell['key']}.parquet") is None:
-                table = results.sql(f"select * from {name} where key = ?", [cell["key"]])  # noqa: S608 - our table names
+                table = results.sql(f"select * from {name} where key = ?", [cell["key"]])
                 record.put_table(f"{name}/{cell['key']}.parquet", to_table(name, table.to_pylist()))
     if results.generations:
         # Parts now hold every cell; the old generations would shadow them.

@@ -49,7 +49,9 @@ class Results:
         self._loaded: set[str] = set()
         self._keys = self._part_keys()
         if not self._keys and not self.generations and not record.list("failed") and not record.list("sweeps", ".json"):
-            raise BadInput(f"no results in {record.uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
+            raise BadInput(
+                f"no results in {record.uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed."
+            )
         for gen in self.generations:
             check_version(_read_schema(record, f"compact/cells/{gen}.parquet"), f"{record.uri}/compact/cells/{gen}.parquet")
         if self._keys:
@@ -88,7 +90,9 @@ class Results:
             return keys[0]
         if not keys:
             raise BadInput(
-                f"no cell {prefix!r}", where="CELL", fix='List them: comptrust query RESULTS "select key, method, bits from results"'
+                f"no cell {prefix!r}",
+                where="CELL",
+                fix='List them: comptrust query RESULTS "select key, method, bits from results"',
             )
         raise BadInput(f"{prefix!r} fits {len(keys)} cells or more: {', '.join(keys)}", where="CELL", fix="Give more digits.")
 
@@ -226,7 +230,7 @@ def _results_view(generations: bool) -> str:
       d.key as dense_key
     from wide w left join dense d on d.model = w.model and d.revision is not distinct from w.revision
       and d.dtype is not distinct from w.dtype and d.evaluation is not distinct from w.evaluation
-    """  # noqa: S608 - column names are our constants
+    """
 
 
 # -- compaction -------------------------------------------------------------------------------------------------------

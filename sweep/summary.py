@@ -46,31 +46,47 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{plan['sweep']}[/]: {plan['cells']} cells, {plan['done']} done · suite {plan['suite']} · results {plan['results']}"
     )
+    if plan["note"]:
+        console.print(plan["note"], style="yellow", markup=False)
     print_rows(plan["models"], console)
     table = Table(box=None, header_style="bold", pad_edge=False, title="cells", title_justify="left")
     for name in ("key", "model", "cell", ""):
         table.add_column(name)
     for c in plan["list"]:
-        table.add_row(c["key"][:8], c["model"], c["cell"], "[green]done[/]" if c["done"] else "")
+        table.add_row((c["key"] or "-")[:8], c["model"], c["cell"], "[green]done[/]" if c["done"] else "")
     console.print(table)
     for s in plan["skipped"]:
         console.print(f"impossible: {s['model']} {s['label']}: {s['reason']}", style="yellow", markup=False)
     for a in plan["absent"]:
         console.print(f"not measured: {a}", style="yellow", markup=False)
-    console.print(f"about {plan['gpu_hours']:g} GPU hours on H100-class GPUs and {plan['disk_gb']:g} GB of disk, from shapes alone")
+    console.print(
+        f"about {plan['gpu_hours']:g} GPU hours on H100-class GPUs and {plan['disk_gb']:g} GB of disk, from shapes alone"
+    )
 
 
 def print_status(status: Mapping[str, Any], console: Console) -> None:
     console.print(f"[bold]{escape(status['results'])}[/]: {status['cells']} cells recorded")
     for s in status["sweeps"]:
-        state = "[green]running[/]" if s["running"] else "complete" if s["left"] == 0 and not s["failed"] else "[yellow]not running[/]"
-        console.print(f"{s['name']} ({s['sweep']}): {s['done']} done, {s['failed']} failed, {s['left']} left of {s['total']} · {state}")
+        state = (
+            "[green]running[/]"
+            if s["running"]
+            else "complete"
+            if s["left"] == 0 and not s["failed"]
+            else "[yellow]not running[/]"
+        )
+        console.print(
+            f"{s['name']} ({s['sweep']}): {s['done']} done, {s['failed']} failed, {s['left']} left of {s['total']} · {state}"
+        )
         if s["cells_per_hour"]:
             console.print(f"  {s['cells_per_hour']:.1f} cells/hour, about {s['left_s'] / 60:.0f} min left")
         for w in s["workers"]:
             console.print(f"  worker {w['id']}: {w['label']}: {w['stage']} {w['done']}/{w['total']}", markup=False)
         for f in s["failures"]:
-            console.print(f"  failed {f['label']} (attempt {f['attempts']}): {f['error_type']}: {f['error'][:300]}", style="red", markup=False)
+            console.print(
+                f"  failed {f['label']} (attempt {f['attempts']}): {f['error_type']}: {f['error'][:300]}",
+                style="red",
+                markup=False,
+            )
 
 
 def print_doctor(found: Mapping[str, Any], console: Console) -> None:
@@ -106,7 +122,12 @@ def print_metrics(metrics: Sequence[Mapping[str, Any]], console: Console) -> Non
         )
     print_rows(rows, console)
     print_rows(
-        [{"metric": m["metric"], "value": m["value"], "n": m["n"]} for m in ours if m["dimension"] in ("utility", "divergence")], console
+        [
+            {"metric": m["metric"], "value": m["value"], "n": m["n"]}
+            for m in ours
+            if m["dimension"] in ("utility", "divergence")
+        ],
+        console,
     )
 
 

@@ -18,7 +18,9 @@ def sync(uri: str) -> str:
     sweeps = [results.record.get_json(p) for p in results.record.list("sweeps", ".json")]
     if not sweeps:
         raise BadInput(f"no sweep in {uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
-    cells = {r["key"]: r for r in results.rows("select * from cells")} | {r["key"]: r for r in results.rows("select * from failed")}
+    cells = {r["key"]: r for r in results.rows("select * from cells")} | {
+        r["key"]: r for r in results.rows("select * from failed")
+    }
     metrics: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for m in results.rows("select * from metrics"):
         metrics[m["key"]].append(m)
@@ -26,7 +28,9 @@ def sync(uri: str) -> str:
     for sweep in sweeps:
         config = config_of(sweep)
         online = bool(os.environ.get("WANDB_API_KEY")) and config.wandb.mode != "disabled"
-        config = config.model_copy(update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})})
+        config = config.model_copy(
+            update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})}
+        )
         folder = uri if "://" not in uri else os.path.join("results", config.name)
         publisher = Publisher(config, sweep["id"], os.path.abspath(folder))
         publisher.open()

@@ -66,7 +66,9 @@ class Publisher:
         import wandb
 
         self.mode = "offline"
-        self.notes.append(f"W&B does not answer ({type(error).__name__}); going on offline, publish later with `comptrust sync`")
+        self.notes.append(
+            f"W&B does not answer ({type(error).__name__}); going on offline, publish later with `comptrust sync`"
+        )
         with contextlib.suppress(Exception):
             wandb.teardown(exit_code=1)
 
@@ -168,7 +170,11 @@ def frontier_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     scores = [[r.get(f"{d}/score") for d in DIMENSIONS] for r in rows]
     trusted = all(None not in s for s in scores)
     second = [-float(np.mean(s)) for s in scores] if trusted else [r.get("utility/perplexity") for r in rows]
-    usable = [(r["key"], float(r["size_bytes"]), v) for r, v in zip(rows, second, strict=True) if v is not None and r.get("size_bytes")]
+    usable = [
+        (r["key"], float(r["size_bytes"]), v)
+        for r, v in zip(rows, second, strict=True)
+        if v is not None and r.get("size_bytes")
+    ]
     if not usable:
         return []
     keep = moocore.is_nondominated(np.array([u[1:] for u in usable]), keep_weakly=True)
@@ -231,7 +237,9 @@ class Sink:
                 return  # W&B is behind: more figures would only queue up
             with contextlib.suppress(ray.exceptions.RayError):
                 self._say(ray.get(ready[0]))
-        self._pending = self.actor.progress.remote({**_figures(outcome), "cells/running": sum(bool(w["key"]) for w in snap["workers"])})
+        self._pending = self.actor.progress.remote(
+            {**_figures(outcome), "cells/running": sum(bool(w["key"]) for w in snap["workers"])}
+        )
 
     def _say(self, notes: Sequence[str]) -> None:
         for note in notes:

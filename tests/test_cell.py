@@ -61,7 +61,9 @@ def test_cell_is_frozen_and_closed():
 
 @pytest.mark.parametrize(
     ("method", "params", "label"),
-    [("dense", {}, "dense"), ("gptq", {"bits": 4, "group_size": 64}, "gptq 4 g64"), ("wanda", {"sparsity": 0.5, "pattern": "2:4"}, "wanda 2:4"),
+    [("dense", {}, "dense"),
+        ("gptq", {"bits": 4, "group_size": 64}, "gptq 4 g64"), ("wanda", {"sparsity": 0.5, "pattern": "2:4"}, "wanda 2:4"),
+
      ("magnitude", {"sparsity": 0.5, "pattern": "unstructured"}, "magnitude 50%")],
 )  # fmt: skip
 def test_label(method, params, label):

@@ -56,7 +56,9 @@ sys.meta_path.insert(0, Block())
 
 
 def _python(code: str, *path: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=path[0] if path else "/")
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=path[0] if path else "/"
+    )
 
 
 def test_kernels_and_compression_import_without_ray_wandb_duckdb():
@@ -81,22 +83,48 @@ def test_hugging_face_kernels_is_not_shadowed(tmp_path):
     """A regular package `kernels` wins over our folder although the repository root comes first on sys.path."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("HERE = 'hugging face'\n")
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.HERE)"
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.HERE)"
+    )
     done = _python(code)
     assert done.stdout.strip() == "hugging face", done.stderr
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_public_names_are_lazy_and_all_there():
-    code = "import sys, comptrust\nassert 'torch' not in sys.modules\nprint(*(n for n in comptrust.__all__ if getattr(comptrust, n, None) is None))"
+    code = (
+        "import sys, comptrust\nassert 'torch' not in sys.modules\n"
+        "print(*(n for n in comptrust.__all__ if getattr(comptrust, n, None) is None))"
+    )
     done = _python(code)
     assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr
 
 
 def test_help_teaches_every_command():
-    done = subprocess.run([sys.executable, "-m", "comptrust.sweep", "--help"], capture_output=True, text=True, timeout=120, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-m", "comptrust.sweep", "--help"], capture_output=True, text=True, timeout=120, cwd="/"
+    )
     assert done.returncode == 0, done.stderr
-    for verb in ["run", "plan", "status", "pareto", "query", "compare", "recommend", "claims", "report", "import", "rescore", "compress", "evaluate", "export", "backends", "compact", "sync", "doctor"]:
+    for verb in [
+        "run",
+        "plan",
+        "status",
+        "pareto",
+        "query",
+        "compare",
+        "recommend",
+        "claims",
+        "report",
+        "import",
+        "rescore",
+        "compress",
+        "evaluate",
+        "export",
+        "backends",
+        "compact",
+        "sync",
+        "doctor",
+    ]:
         assert verb in done.stdout
 
 
@@ -106,6 +134,9 @@ def test_package_lists_match_the_folders():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     tops = ("actors", "sweep", "conf", "kernels")
     found = {
-        ".".join(("comptrust", *p.parent.relative_to(ROOT).parts)) for t in tops for p in (ROOT / t).rglob("*.py") if "__pycache__" not in p.parts
+        ".".join(("comptrust", *p.parent.relative_to(ROOT).parts))
+        for t in tops
+        for p in (ROOT / t).rglob("*.py")
+        if "__pycache__" not in p.parts
     }
     assert found <= listed, found - listed

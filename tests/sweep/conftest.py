@@ -57,5 +57,9 @@ def sweep_dict(models, results, **more) -> dict:
 def comptrust(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
     """The command line in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "comptrust.sweep", *args], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+        [sys.executable, "-m", "comptrust.sweep", *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
     )

@@ -49,9 +49,26 @@ class Synthetic:
             for d in DIMENSIONS
             for m, v in (("score", 80.0 if dense else draw.uniform(40, 90)), ("refusal", draw.random() / 5), ("valid", 1.0))
         ]
-        metrics.append({"convention": "comptrust", "dimension": "utility", "scenario": "", "metric": "perplexity", "value": draw.uniform(10, 50), "n": 4})
+        metrics.append(
+            {
+                "convention": "comptrust",
+                "dimension": "utility",
+                "scenario": "",
+                "metric": "perplexity",
+                "value": draw.uniform(10, 50),
+                "n": 4,
+            }
+        )
         items = [
-            {"dimension": "ethics", "scenario": "zero-shot", "item": f"i{i}", "sample": 0, "cluster": f"i{i}", "outcome": "correct", "score": 1.0}
+            {
+                "dimension": "ethics",
+                "scenario": "zero-shot",
+                "item": f"i{i}",
+                "sample": 0,
+                "cluster": f"i{i}",
+                "outcome": "correct",
+                "score": 1.0,
+            }
             for i in range(4)
         ]
         row |= {

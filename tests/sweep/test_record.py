@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,10 @@ from comptrust.sweep.results import compact, load_results
 def cell(key: str, **more) -> dict:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     return {
-        "key": key, "artifact_key": "a" + key, "model": "m", "revision": "r", "method": "rtn", "bits": 4, "params": {"bits": 4}, "dtype": "float32",
-        "suite": "smoke", "evaluation": "e", "status": "done", "size_bytes": 10, "attempts": 1, "started_at": now, "finished_at": now, **more,
+        "key": key, "artifact_key": "a" + key, "model": "m", "revision": "r", "method": "rtn", "bits": 4, "params": {"bits": 4},
+        "dtype": "float32",
+        "suite": "smoke", "evaluation": "e", "status": "done", "size_bytes": 10, "attempts": 1, "started_at": now, "finished_at": now,
+        **more,
     }  # fmt: skip
 
 
@@ -26,9 +29,17 @@ def metric(dimension: str, value, name: str = "score", convention: str = "comptr
 
 
 def commit(record: Record, key: str, score: float = 50.0, **more) -> None:
-    metrics = [metric("ethics", score), metric("ethics", 1.0, "valid"), metric("ethics", 0.25, "refusal"), metric("utility", 12.5, "perplexity")]
+    metrics = [
+        metric("ethics", score),
+        metric("ethics", 1.0, "valid"),
+        metric("ethics", 0.25, "refusal"),
+        metric("utility", 12.5, "perplexity"),
+    ]
     metrics.append(metric("ethics", 1.0, "score", "dt-head"))  # another convention must not show in `results`
-    items = [{"dimension": "ethics", "scenario": "s", "item": f"i{n}", "sample": 0, "target": {"label": n}, "text": "x"} for n in range(3)]
+    items = [
+        {"dimension": "ethics", "scenario": "s", "item": f"i{n}", "sample": 0, "target": {"label": n}, "text": "x"}
+        for n in range(3)
+    ]
     record.commit(cell(key, **more), metrics, items, [{"layer": "l", "error": 0.1}])
 
 
@@ -41,7 +52,13 @@ def test_a_committed_cell_is_read_back(record):
     commit(record, "k1")
     results = load_results(record.uri)
     row = results.rows("select * from results")[0]
-    assert (row["key"], row["ethics"], row["ethics_refusal"], row["ethics_valid"], row["perplexity"]) == ("k1", 50.0, 0.25, True, 12.5)
+    assert (row["key"], row["ethics"], row["ethics_refusal"], row["ethics_valid"], row["perplexity"]) == (
+        "k1",
+        50.0,
+        0.25,
+        True,
+        12.5,
+    )
     assert row["toxicity"] is None and row["toxicity_valid"] is False and row["trust"] is None and row["valid"] is False
     assert json.loads(results.items(["k1"]).column("target")[0].as_py()) == {"label": 0}
     assert record.done() == {"k1"}
@@ -73,10 +90,9 @@ def test_commit_replaces_and_never_appends(record):
 def test_damaged_parts_are_left_out_and_computed_again(record, damage):
     commit(record, "k0")
     commit(record, "k1")
-    path = f"{record.root}/metrics/k1.parquet"
-    data = open(path, "rb").read()
-    with open(path, "wb") as f:
-        f.write({"truncate": data[: len(data) // 2], "foreign": b"not parquet at all", "empty": b""}[damage])
+    path = Path(record.root, "metrics", "k1.parquet")
+    data = path.read_bytes()
+    path.write_bytes({"truncate": data[: len(data) // 2], "foreign": b"not parquet at all", "empty": b""}[damage])
     assert record.done() == {"k0"}
     results = load_results(record.uri)
     for table in ("cells", "metrics", "items", "results"):
@@ -87,9 +103,9 @@ def test_damaged_parts_are_left_out_and_computed_again(record, damage):
 def test_foreign_files_disturb_nothing(record):
     commit(record, "k1")
     for name in ("cells/.tmp-123", "cells/notes.txt", "items/.k1.parquet.swp", "README.md"):
-        path = f"{record.root}/{name}"
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        open(path, "w").write("?")
+        path = Path(record.root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("?")
     pq.write_table(pa.table({"something": [1]}), f"{record.root}/cells/other.parquet")
     results = load_results(record.uri)
     assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
@@ -177,7 +193,11 @@ def test_sql_cannot_read_or_write_elsewhere(record, tmp_path):
     commit(record, "k1")
     (tmp_path / "secret.csv").write_text("a\n1\n")
     results = load_results(record.uri)
-    for sql in (f"select * from read_csv('{tmp_path}/secret.csv')", f"copy (select 1) to '{tmp_path}/out.csv'", "select * from nowhere"):
+    for sql in (
+        f"select * from read_csv('{tmp_path}/secret.csv')",
+        f"copy (select 1) to '{tmp_path}/out.csv'",
+        "select * from nowhere",
+    ):
         with pytest.raises(BadInput, match="SQL"):
             results.rows(sql)
     assert not (tmp_path / "out.csv").exists()

@@ -29,12 +29,19 @@ def drive(config: dict, results: Path, timeout: float = 240, **env: str) -> subp
 
 def small(tiny, results, mode, **wandb):
     config = sweep_dict([tiny], results, wandb={"mode": mode, "init_timeout_s": 5, "finish_timeout_s": 8, **wandb})
-    config["methods"] = [{"method": "rtn", "bits": [4, 3], "group_size": 32}, {"method": "gptq", "bits": 4, "group_size": 32, "damping": 0.666}]
+    config["methods"] = [
+        {"method": "rtn", "bits": [4, 3], "group_size": 32},
+        {"method": "gptq", "bits": 4, "group_size": 32, "damping": 0.666},
+    ]
     return config
 
 
 def wandb_processes() -> set[int]:
-    return {p.pid for p in psutil.process_iter(["name", "cmdline"]) if "wandb-core" in " ".join(p.info["cmdline"] or [p.info["name"] or ""])}
+    return {
+        p.pid
+        for p in psutil.process_iter(["name", "cmdline"])
+        if "wandb-core" in " ".join(p.info["cmdline"] or [p.info["name"] or ""])
+    }
 
 
 def test_offline_files_hold_what_was_logged(tiny, tmp_path):
@@ -102,7 +109,10 @@ def test_a_broken_server_costs_no_row_and_no_long_wait(tiny, tmp_path, state):
 
 
 def test_online_without_a_key_is_bad_input(tiny, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "none"),
+    }
     path = tmp_path / "s.yaml"
     path.write_text(json.dumps(small(tiny, tmp_path / "results", "online")))
     done = subprocess.run(

@@ -47,7 +47,13 @@ def read_offline(path: Path) -> dict[str, Any]:
     for r in records(path):
         kind = r.WhichOneof("record_type")
         if kind == "run":
-            out |= {"id": r.run.run_id, "group": r.run.run_group, "job_type": r.run.job_type, "name": r.run.display_name, "project": r.run.project}
+            out |= {
+                "id": r.run.run_id,
+                "group": r.run.run_group,
+                "job_type": r.run.job_type,
+                "name": r.run.display_name,
+                "project": r.run.project,
+            }
             out["config"] |= pairs(r.run.config.update)
         elif kind == "config":
             out["config"] |= pairs(r.config.update)
@@ -120,7 +126,15 @@ class Handler(BaseHTTPRequestHandler):
         name, given = found.group(1) if found else "", call.get("variables") or {}
         project = {"id": "p", "name": given.get("project") or "p", "entity": {"id": "e", "name": "team"}}
         if name == "Viewer":
-            viewer = {"id": "u", "entity": "team", "username": "u", "email": "u@example.org", "admin": False, "flags": "{}", "teams": {"edges": []}}
+            viewer = {
+                "id": "u",
+                "entity": "team",
+                "username": "u",
+                "email": "u@example.org",
+                "admin": False,
+                "flags": "{}",
+                "teams": {"edges": []},
+            }
             return self.answer({"data": {"viewer": viewer}})
         if name == "ServerFeaturesQuery":
             return self.answer({"data": {"serverInfo": {"features": []}}})

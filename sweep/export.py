@@ -1,0 +1,43 @@
+"""``export``: the checkpoint of a recorded cell, from the artefact cache or compressed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..actors.cell import Cell
+from ..actors.errors import BadInput
+from .grid import config_of, expand
+from .results import load_results
+
+
+def find_cell(uri: str, prefix: str) -> tuple[Cell, dict]:
+    """The cell behind a key of the record, from the sweep that holds it, and its row of ``results``."""
+    results = load_results(uri)
+    key = results.find(prefix)
+    row = results.rows("select * from results where key = ?", [key])[0]
+    for path in results.record.list("sweeps", ".json"):
+        sweep = results.record.get_json(path)
+        if key in sweep["keys"]:
+            for cell in expand(config_of(sweep)).cells:
+                if cell.key == key:
+                    return cell, row
+    raise BadInput(
+        f"cell {key} cannot be made again from here: its model, calibration text or data pack has changed, or it was imported",
+        where="CELL", fix="Run `comptrust compress` with its parameters (comptrust query RESULTS \"select params from cells\").",
+    )  # fmt: skip
+
+
+def export_cell(uri: str, prefix: str, output: Path, progress: Callable[[str, int, int], None] | None = None) -> str:
+    """Write the checkpoint of a cell with its measured row on the card; returns a sentence with the place and the format."""
+    from ..actors.actor import Worker, WorkerConfig
+    from ..actors.compress.export import export
+
+    cell, row = find_cell(uri, prefix)
+    worker = Worker(WorkerConfig(record=uri, evaluation={}), progress)
+    worker.prepare(cell)
+    if worker.error is not None:
+        raise worker.error
+    assert worker.prepared is not None
+    done = export(worker.prepared[1], worker.tokenizer, output, cell=cell, measured=row)
+    return "\n".join([f"{done.path}: {done.format}, {done.size_bytes / 1e6:.0f} MB", *done.notes])

@@ -1,0 +1,224 @@
+"""Faults that really happen: processes killed at random moments, full disks, two drivers, signals. Nothing finished is lost or repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from comptrust.actors.record import Record
+from comptrust.sweep.results import load_results
+from comptrust.sweep.status import status
+from conftest import sweep_dict
+
+HERE = Path(__file__).parent
+CELLS = 8
+
+
+class Sweep:
+    """A sweep of synthetic cells in a driver process, started again until it ends by itself."""
+
+    def __init__(self, tiny: Path, folder: Path, seconds: float = 0.4, **more) -> None:
+        self.results, self.log, self.yaml = folder / "results", folder / "log", folder / "sweep.yaml"
+        self.yaml.write_text(json.dumps(sweep_dict([tiny], self.results, **more)))
+        self.env = {**os.environ, "SYNTHETIC_LOG": str(self.log), "SYNTHETIC_SLEEP": str(seconds)}
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "drive.py"), str(self.yaml), str(self.results)], env=self.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def finish(self, timeout: float = 240) -> tuple[int, dict, str]:
+        out, err = (driver := self.start()).communicate(timeout=timeout)
+        return driver.returncode, json.loads(out.splitlines()[-1]) if out.strip() else {}, err
+
+    def lines(self) -> list[list[str]]:
+        return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def wait_for(self, word: str, count: int, timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while sum(line[0] == word for line in self.lines()) < count:
+            assert time.monotonic() < end, f"no {count} x {word!r}: {self.lines()}"
+            time.sleep(0.05)
+
+    def check(self, cells: int = CELLS) -> None:
+        """Every cell there once; no cell started again after it was committed."""
+        rows = load_results(self.results).rows("select key, count(*) n from cells group by key")
+        assert len(rows) == cells and all(r["n"] == 1 for r in rows)
+        finished: set[str] = set()
+        for word, key, *_ in self.lines():
+            assert not (word == "start" and key in finished), f"{key} was computed again"
+            if word == "done":
+                finished.add(key)
+        assert load_results(self.results).rows("select count(*) n from items") == [{"n": 4 * cells}]
+        assert status(str(self.results))["sweeps"][0]["done"] == cells
+
+
+def victims(driver: subprocess.Popen, kind: str) -> list[psutil.Process]:
+    tree = psutil.Process(driver.pid).children(recursive=True)
+    if kind == "driver":
+        return [psutil.Process(driver.pid)]
+    if kind == "raylet":
+        return [p for p in tree if p.name() == "raylet"]
+    return [p for p in tree if "RayWorker" in " ".join(p.cmdline())]
+
+
+def round_of_kills(tiny: Path, folder: Path, seed: int) -> None:
+    """One seeded round: a victim, a moment; then run on to the end."""
+    draw = random.Random(seed)
+    folder.mkdir()
+    sweep = Sweep(tiny, folder)
+    kind = ["worker", "driver", "raylet"][seed % 3]
+    driver = sweep.start()
+    sweep.wait_for("start", draw.randint(1, CELLS // 2))
+    time.sleep(draw.random() * 0.6)
+    doomed = victims(driver, kind)
+    assert doomed, f"no {kind} to kill"
+    for process in doomed:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    if kind == "worker":
+        out, err = driver.communicate(timeout=240)
+        assert driver.returncode == 0, err  # a dead worker costs an attempt, not the sweep
+        assert json.loads(out.splitlines()[-1])["done"] == CELLS
+    else:
+        try:
+            driver.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            raise AssertionError(f"the driver hangs after its {kind} was killed") from None
+        assert driver.returncode != 0
+        code, outcome, err = sweep.finish()
+        assert code == 0 and outcome["done"] == CELLS, err
+    sweep.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_a_random_moment(tiny, tmp_path, seed):
+    round_of_kills(tiny, tmp_path / "round", seed)
+
+
+@pytest.mark.slow
+def test_kill_9_many_rounds(tiny, tmp_path):
+    for seed in range(3, int(os.environ.get("FAULT_ROUNDS", "30"))):
+        round_of_kills(tiny, tmp_path / f"round{seed}", seed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_resumable_sweep(tiny, tmp_path, number):
+    sweep = Sweep(tiny, tmp_path)
+    driver = sweep.start()
+    sweep.wait_for("done", 2)
+    driver.send_signal(number)
+    out, err = driver.communicate(timeout=90)
+    assert driver.returncode == 130, err
+    assert json.loads(out.splitlines()[-1])["interrupted"] is True
+    before = {r["key"] for r in load_results(sweep.results).rows("select key from cells")}
+    assert 2 <= len(before) < CELLS
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS, err
+    sweep.check()
+
+
+def test_second_driver_on_a_folder_is_refused_and_a_second_run_does_nothing(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path)
+    driver = sweep.start()
+    sweep.wait_for("start", 1)
+    code, _, err = sweep.finish()
+    assert code == 2 and "another comptrust run works in" in err
+    _, err = driver.communicate(timeout=200)
+    assert driver.returncode == 0, err
+    starts = Counter(line[0] for line in sweep.lines())["start"]
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS and "starting Ray" not in outcome["stages"], err
+    assert Counter(line[0] for line in sweep.lines())["start"] == starts
+    # an amended YAML adds its cells and repeats none
+    config = json.loads(sweep.yaml.read_text())
+    config["methods"].append({"method": "rtn", "bits": 2, "group_size": 32})
+    sweep.yaml.write_text(json.dumps(config))
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS + 1, err
+    sweep.check(CELLS + 1)
+
+
+def test_a_bad_cell_is_a_row_and_the_sweep_goes_on(tiny, tmp_path):
+    config = sweep_dict([tiny], "")["methods"]
+    config.append({"method": "gptq", "bits": 3, "group_size": 32, "damping": 0.666})
+    sweep = Sweep(tiny, tmp_path, 0.1, methods=config)
+    code, outcome, err = sweep.finish()
+    assert code == 1 and (outcome["done"], outcome["failed"]) == (CELLS, 1), err
+    failed = load_results(sweep.results).rows("select * from failed")
+    assert [(f["error_type"], f["error"], f["attempts"]) for f in failed] == [
+        ("CellError", "bad cell", 1)
+    ]  # its own error: no retry
+    state = status(str(sweep.results))["sweeps"][0]
+    assert (state["done"], state["failed"], state["left"]) == (CELLS, 1, 0)
+    assert state["failures"][0]["error"] == "bad cell"
+
+
+def test_a_damaged_part_is_computed_again(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 0.0)
+    assert sweep.finish()[0] == 0
+    key = sorted(Record(sweep.results).done())[3]
+    part = sweep.results / "items" / f"{key}.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    (sweep.results / "cells" / "foreign.parquet").write_bytes(b"not ours")
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS, err
+    starts = Counter(line[1] for line in sweep.lines() if line[0] == "start")
+    assert starts[key] == 2 and sum(starts.values()) == CELLS + 1
+
+
+def test_two_models_two_workers_two_loads(tiny_pair, tmp_path):
+    sweep = Sweep(tiny_pair[0], tmp_path, 0.2)
+    sweep.yaml.write_text(json.dumps(sweep_dict(tiny_pair, sweep.results)))
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == 2 * CELLS, err
+    loads = [line for line in sweep.lines() if line[0] == "load"]
+    assert len(loads) == 2, loads
+    dense = {r["key"] for r in load_results(sweep.results).rows("select key from cells where method = 'dense'")}
+    done: set[str] = set()
+    models = {r["key"]: r["model"] for r in load_results(sweep.results).rows("select key, model from cells")}
+    for word, key, *_ in sweep.lines():  # no cell is evaluated before its model's dense cell is done
+        if word == "start" and key not in dense:
+            assert any(models[d] == models[key] for d in dense & done), key
+        if word == "done":
+            done.add(key)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 KiB, if this machine lets us mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=False)
+
+
+def test_full_disk_fails_cells_and_goes_on_once_there_is_room(tiny, tmp_path, small_disk):
+    sweep = Sweep(tiny, tmp_path, 0.0)
+    sweep.results = small_disk / "results"
+    sweep.yaml.write_text(json.dumps(sweep_dict([tiny], sweep.results)))
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\0" * 330_000)
+    code, outcome, err = sweep.finish()
+    assert code in (1, 2), (outcome, err)
+    assert "No space left" in err
+    ballast.unlink()
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS, err
+    sweep.check()
