@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from .structure import (
     named_linears,
     on_device,
     record,
+    take_rows,
     to_device,
 )
 
@@ -138,9 +139,9 @@ def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Line
         raise BadInput(f"calibration tokens are {tokens.dtype} {list(tokens.shape)}", where="calibration", fix=form)
     widest = max(m.in_features for m in linears.values())
     need = spec.min_tokens(config, widest)
-    if tokens.numel() < need:
+    if (have := tokens.numel()) < need:
         raise BadInput(
-            f"{spec.name} builds a {widest} x {widest} Hessian: it needs {need} calibration tokens or more, not {tokens.numel()}",
+            f"{spec.name} builds a {widest} x {widest} Hessian: it needs {need} calibration tokens or more, not {have}",
             where="calibration",
             fix=f"Raise samples to {-(-need // tokens.shape[1])} at this sequence length",
         )
@@ -227,16 +228,46 @@ class BlockPass:
         cell = self.cell
         if cell.spec.replace:
             _replace_linears(cell, self.block, self.prefix)
-        if len(self.kwargs) == 1:
+        share = getattr(cell.config, "dense_inputs", 0.0)
+        if share:
+            self.solve_on_dense_inputs(share)
+        if share and len(self.kwargs) == 1:
+            out = self.forward(0, [0], self.solve_at_once, stop=last)
+            cell.hidden = [] if out is None else [out]
+        elif len(self.kwargs) == 1:
             out = self.forward(0, range(len(self.groups)), self.solve_at_once, stop=last)
             cell.hidden = [] if out is None else [out]
         else:
-            for k in range(len(self.groups)):
+            for k in [0] if share else range(len(self.groups)):
                 self.solve_by_chunks(k)
             if not last:
                 cell.hidden = [self.forward(i, (), None).to(h.device) for i, h in enumerate(cell.hidden)]
         for group, names, scale_I in self.folds:
             fold_scale(cell.stored, self.block, self.prefix, group.fold, names, scale_I)
+
+    def solve_on_dense_inputs(self, share: float) -> None:
+        """Solve all groups but the first on what the dense block gives for a fixed random ``share`` of the sequences.
+
+        The first group's inputs are the same before and after, so it takes them from the whole set when that passes.
+        """
+        sequences = sum(len(h) for h in self.cell.hidden)
+        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
+        chosen = torch.zeros(sequences, dtype=torch.bool)
+        chosen[order[: max(1, round(share * sequences))]] = True
+        inner = range(1, len(self.groups))
+        accumulators = {k: self.accumulators(k) for k in inner}
+        low = 0
+        for hidden, kwargs in zip(self.cell.hidden, self.kwargs, strict=True):
+            rows = chosen[low : low + len(hidden)].nonzero()[:, 0]
+            low += len(hidden)
+            if len(rows):
+                part = BlockPass(
+                    replace(self.cell, hidden=[hidden[rows.to(hidden.device)]]), self.block, self.prefix, self.groups,
+                    [take_rows(kwargs, rows.to(self.device), len(hidden))], self.device, {},
+                )  # fmt: skip
+                part.forward(0, inner, lambda k, X: [a.add(X) for a in accumulators[k].values()], stop=True)
+        for k in inner:
+            self.solve(k, accumulators[k])
 
     def forward(
         self, chunk: int, at: Sequence[int], seen: Callable[[int, Tensor], None] | None, *, stop: bool = False

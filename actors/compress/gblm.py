@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Inputs, Progress, PruningConfig, Solution, parse_pattern
+from .base import Inputs, Progress, Solution, parse_pattern
 from .structure import clone, decoder_blocks, linears_of, on_device, record, to_device
-from .wanda import prune
+from .wanda import WandaConfig, prune
 
 
-class GblmConfig(PruningConfig):
+class GblmConfig(WandaConfig):
     gradient_scale: float = Field(default=100.0, ge=0, description="weight of the gradient term; 0 is Wanda")
 
 

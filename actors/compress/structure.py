@@ -81,6 +81,15 @@ def to_device(value: Any, device: torch.device) -> Any:
     return {k: to_device(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
+    """Rows of every tensor in ``value`` that has one for each of ``batch`` sequences; what is shared by all stays."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == batch and batch > 1 else value
+    if isinstance(value, tuple | list):
+        return type(value)(take_rows(v, rows, batch) for v in value)
+    return {k: take_rows(v, rows, batch) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 @contextmanager
 def on_device(block: nn.Module, device: torch.device, moved: dict[int, nn.Parameter]) -> Iterator[None]:
     """Hold ``block`` on ``device``; afterwards untouched parameters are the originals again and new ones are where those were.

@@ -9,7 +9,7 @@ from comptrust.actors.compress import compress
 
 @pytest.mark.parametrize("params", [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "8:16"}])
 def test_every_mask_is_that_of_the_inputs_the_layer_sees(llama, tokens, params):
-    done = compress(llama, "wanda", params, tokens)
+    done = compress(llama, "wanda", params | {"dense_inputs": 0.0}, tokens)
     seen: dict[str, torch.Tensor] = {}
     modules = {n: m for n, m in done.model.named_modules() if n in done.stored}
     hooks = [
@@ -42,3 +42,33 @@ def test_zero_inputs_are_dropped_first():
     norm = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])
     kept = solve(W, Inputs(["w"], [3], norm=norm), WandaConfig()).W_OI
     assert torch.equal(kept != 0, (norm > 0).expand(3, 8))
+
+
+def test_the_reference_scores_a_whole_block_on_its_dense_inputs(llama, tokens):
+    """Block 0 against the formula on inputs of the dense model; o_proj and down_proj would differ if scored as it goes."""
+    done = compress(llama, "wanda", {"pattern": "2:4", "variant": "reference"}, tokens)
+    names = [n for n in done.stored if ".0." in n]
+    seen = {}
+    hooks = [
+        llama.get_submodule(n).register_forward_pre_hook(
+            lambda _, a, n=n: seen.__setitem__(n, a[0].reshape(-1, a[0].shape[-1]))
+        )
+        for n in names
+    ]
+    llama(tokens)
+    for hook in hooks:
+        hook.remove()
+    for name in names:
+        W = llama.get_submodule(name).weight
+        score = (W.abs() * seen[name].norm(dim=0)).view(-1, 4)
+        expected = W.view(-1, 4).where(score >= score.sort(1).values[:, 2:3], 0.0).view(W.shape)
+        assert (done.model.get_submodule(name).weight == expected).float().mean() > 0.9999, name
+
+
+def test_a_share_of_the_sequences_gives_nearly_the_same_masks(llama, tokens):
+    masks = [
+        torch.cat([(done.model.get_submodule(n).weight != 0).flatten() for n in done.stored])
+        for done in (compress(llama, "wanda", {"dense_inputs": share}, tokens) for share in (1.0, 0.5, 0.0))
+    ]
+    agree = [(masks[0] == m).float().mean().item() for m in masks]
+    assert agree[0] == 1 and 0.9 < agree[1] < 1

@@ -1,0 +1,118 @@
+"""Parameters: defaults, bounds, contradictions, and what a model's shape allows, all before any weights are read."""
+
+from __future__ import annotations
+
+import pytest
+from comptrust.actors.cell import METHODS as CELL_METHODS
+from comptrust.actors.cell import canonical
+from comptrust.actors.compress import METHODS, check, incompatible, required_tokens
+from comptrust.actors.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=300,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+
+
+def test_the_same_methods_everywhere():
+    assert set(METHODS) == set(CELL_METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_complete_json_and_stable(method):
+    params = check(method, {})
+    assert set(params) == set(METHODS[method].config.model_fields)
+    assert check(method, params) == params and canonical(params)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "where", "says"),
+    [
+        ("gptqq", {}, "methods[1].method", "unknown method 'gptqq'.*gptq"),
+        ("gptq", {"bits": 5}, "methods[1].bits", "5"),
+        ("gptq", {"bit": 4}, "methods[1].bit", "no parameter 'bit'.*bits"),
+        ("gptq", {"group_size": 4}, "methods[1].group_size", "4"),
+        ("wanda", {"pattern": "4:2"}, "methods[1].pattern", "4:2"),
+        ("wanda", {"pattern": "half"}, "methods[1].pattern", "half"),
+        ("wanda", {"sparsity": 1.5}, "methods[1].sparsity", "1.5"),
+        ("magnitude", {"scope": "block"}, "methods[1].scope", "block"),
+        ("nf4", {"block_size": 100}, "methods[1].block_size", "100"),
+        ("gptq", {"damping": 0}, "methods[1].damping", "0"),
+    ],
+)
+def test_bad_values_say_where_and_what(method, params, where, says):
+    with pytest.raises(BadInput, match=says) as e:
+        check(method, params, where="methods[1]")
+    assert e.value.where == where or e.value.where.startswith(where)
+    assert e.value.fix
+
+
+def test_a_pattern_implies_its_sparsity_and_zero_group_means_per_channel():
+    assert check("wanda", {"pattern": "2:4"})["sparsity"] == 0.5
+    assert check("wanda", {"pattern": "1:4"})["sparsity"] == 0.75
+    assert check("wanda", {"pattern": None, "sparsity": 0.3})["pattern"] == "unstructured"
+    assert check("rtn", {"group_size": 0})["group_size"] is None
+
+
+def test_variants_fill_in_their_knobs():
+    assert check("gptq", {"variant": "reference"})["damping"] == 0.01
+    assert check("gptq", {})["order"] == "group-aware"
+    assert check("sparsegpt", {"pattern": "2:4"})["token_clip"] == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "says"),
+    [
+        ("rtn", {}, "128 does not divide the 576 inputs of model.layers.0.self_attn.q_proj (try 96)"),
+        ("gptq", {"group_size": 512}, "512 does not divide"),
+        ("wanda", {"pattern": "2:4", "sparsity": 0.3}, "pattern 2:4 means sparsity 0.5, but sparsity is 0.3"),
+        ("wanda", {"pattern": "3:7"}, "3:7 does not divide"),
+        ("sparsegpt", {"group_size": 64}, "without bits"),
+        ("nf4", {"bits": 3}, "4 bits, not 3"),
+        ("fp4", {"bits": 8}, "4 bits, not 8"),
+        ("nf4", {"block_size": 128}, "128 does not divide the 576"),
+        ("llm_int8", {"bits": 4}, "8 bits, not 4"),
+        ("smoothquant", {"bits": 4}, "W8A8"),
+        (
+            "rtn",
+            {"group_size": 64, "overrides": {"*.1.mlp.down_proj": {"group_size": 1024}}},
+            "1536 inputs of model.layers.1.mlp.down_proj",
+        ),
+    ],
+)
+def test_impossible_combinations_have_a_reason(config, method, params, says):
+    check(method, params)  # each value alone is fine
+    assert says in incompatible(method, params, config)
+    assert says in incompatible(method, params, config.to_dict())
+
+
+def test_possible_combinations_have_none(config):
+    for method, params in [
+        ("dense", {}), ("rtn", {"group_size": 64}), ("gptq", {"group_size": None}), ("wanda", {"pattern": "8:16"}), ("nf4", {}),
+        ("rtn", {"group_size": 128, "skip": ["*.self_attn.*", "*.gate_proj", "*.up_proj"]}),
+    ]:  # fmt: skip
+        assert incompatible(method, params, config) is None, method
+
+
+def test_an_unsupported_architecture_is_a_reason_too():
+    from transformers import MixtralConfig
+
+    tiny = MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=50
+    )
+    assert "mixture" in incompatible("rtn", {"group_size": 16}, tiny)
+
+
+def test_tokens_needed_are_known_without_weights(config):
+    assert required_tokens("gptq", {"group_size": 64}, config) == 1536
+    assert required_tokens("wanda", {}, config) == 1
+    assert required_tokens("rtn", {}, config) == 0

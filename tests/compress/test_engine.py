@@ -1,0 +1,321 @@
+"""What the engine promises whatever the method: nothing shared is touched, one block at a time, one pass for many cells."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from comptrust.actors.compress import METHODS, check, compress, compress_many, engine
+from comptrust.actors.compress.structure import clone, decoder_blocks, discover
+from comptrust.actors.errors import BadInput, CellError
+from small_models import make_llama
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CELLS = [
+    ("dense", {}),
+    ("rtn", {"bits": 3, "group_size": 32}),
+    ("gptq", {"bits": 4, "group_size": 32}),
+    ("gptq", {"bits": 4, "group_size": 32, "variant": "reference"}),
+    ("awq", {"bits": 4, "group_size": 32}),
+    ("smoothquant", {}),
+    ("magnitude", {"pattern": "2:4"}),
+    ("wanda", {"sparsity": 0.4}),
+    ("sparsegpt", {"pattern": "4:8"}),
+    ("gblm", {}),
+    ("nf4", {}),
+    ("llm_int8", {}),
+]
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+
+
+@pytest.fixture(scope="module")
+def many(llama, tokens):
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    modules = list(llama.named_modules())
+    done = compress_many(llama, CELLS, tokens)
+    assert all(torch.equal(before[k], v) for k, v in llama.state_dict().items())
+    assert modules == list(llama.named_modules()) and not any(p.requires_grad for p in llama.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for _, m in modules)
+    return done
+
+
+def test_every_method_is_in_the_table():
+    assert {m for m, _ in CELLS} | {"fp4"} == set(METHODS)
+
+
+@pytest.mark.parametrize("i", range(len(CELLS)), ids=[m for m, _ in CELLS])
+def test_one_pass_gives_each_cell_what_its_own_run_gives(llama, tokens, many, i):
+    alone = compress(llama, *CELLS[i], tokens)
+    assert same(alone.model, many[i].model)
+    assert alone.layers == many[i].layers and alone.size_bytes == many[i].size_bytes
+
+
+def test_untouched_tensors_are_shared_and_the_copy_runs(llama, tokens, many):
+    for done in many:
+        assert done.model.model.embed_tokens.weight is llama.model.embed_tokens.weight
+        assert done.model.lm_head.weight is llama.lm_head.weight
+        assert torch.isfinite(done.model(tokens[:2]).logits).all()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in done.model.modules())
+
+
+def test_sizes_add_up_from_what_is_stored(llama, many):
+    dense, rtn = many[0], many[1]
+    parameters = sum(p.numel() for p in llama.parameters())  # tied embedding once
+    assert dense.size_bytes == 4 * parameters and dense.parameters == parameters and dense.bits_per_weight == 32
+    weights = sum(s.shape[0] * s.shape[1] for s in rtn.stored.values())
+    assert rtn.size_bytes == 4 * (parameters - weights) + weights * 3 // 8 + 2 * weights // 32
+    assert rtn.bits_per_weight == pytest.approx(3 + 16 / 32)
+    for done in many[1:]:
+        assert len(done.layers) == len(done.stored) == 14
+        assert 8 * sum(s.size_bytes for s in done.stored.values()) / weights == pytest.approx(done.bits_per_weight)
+
+
+def test_pruned_sizes_are_those_of_the_packed_form(llama, tokens):
+    from comptrust.kernels.formats import pack, packed_bytes
+
+    for params, form in [
+        ({"pattern": "2:4"}, "2:4"),
+        ({"pattern": "4:8"}, "4:8"),
+        ({"pattern": "8:16"}, "8:16"),
+        ({"sparsity": 0.6}, "bitmap"),
+    ]:
+        done = compress(llama, "wanda", params, tokens)
+        for name, stored in done.stored.items():
+            assert stored.size_bytes == packed_bytes(pack(done.model.get_submodule(name).weight, form)), (name, form)
+    done = compress(llama, "sparsegpt", {"pattern": "2:4", "bits": 4, "group_size": 32}, tokens)
+    for name, stored in done.stored.items():
+        packed = pack(done.model.get_submodule(name).weight, "2:4+int4", scale=stored.scale, group_size=32)
+        assert stored.size_bytes == packed_bytes(packed), name
+
+
+@pytest.mark.parametrize("i", [i for i, (m, _) in enumerate(CELLS) if METHODS[m].needs_calibration])
+def test_chunks_change_nothing_but_the_order_of_sums(llama, tokens, many, i):
+    (chunked,) = compress_many(llama, [CELLS[i]], tokens, chunk_tokens=100)
+    whole = many[i]
+    x = tokens[:2]
+    assert (chunked.model(x).logits - whole.model(x).logits).norm() < 0.02 * whole.model(x).logits.norm()
+    for a, b in zip(chunked.layers, whole.layers, strict=True):
+        assert a["error"] == pytest.approx(b["error"], rel=0.1)  # the sketch draws other signs
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "gblm", "nf4", "smoothquant"])
+def test_streaming_to_another_device_gives_the_same(llama, tokens, method):
+    """cpu:0 is not cpu to torch, so tensors are copied there and back as they would be to a GPU."""
+    i = [m for m, _ in CELLS].index(method)
+    spec = METHODS[method]
+    config = spec.config.model_validate(CELLS[i][1])
+    (streamed,) = engine.run(llama, [(spec, config)], tokens, device=torch.device("cpu", 0))
+    whole = compress(llama, *CELLS[i], tokens)
+    assert same(streamed.model, whole.model)
+    compressed = dict(whole.model.named_parameters())
+    untouched = [n for n, p in llama.named_parameters() if compressed.get(n) is p]
+    assert "model.norm.weight" in untouched
+    for n in untouched:
+        assert streamed.model.get_parameter(n) is llama.get_parameter(n)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages made under it and still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.live, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key, nbytes):
+        self.seen.discard(key)
+        self.live -= nbytes
+
+
+def working_set(layers: int, tokens: torch.Tensor, cells) -> int:
+    """Most bytes held during a streamed compression beyond what its result keeps."""
+    model = make_llama(layers=layers)
+    specs = [(METHODS[m], METHODS[m].config.model_validate(p)) for m, p in cells]
+    gc.collect()
+    with LiveBytes() as bytes_:
+        done = engine.run(model, specs, tokens, device=torch.device("cpu", 0))
+    gc.collect()
+    kept = 0
+    for cell in done:
+        shared = {p.data_ptr() for p in model.parameters()}
+        kept += sum(p.numel() * 4 for p in cell.model.parameters() if p.data_ptr() not in shared)
+        kept += sum(t.numel() * t.element_size() for s in cell.stored.values() for t in (s.codes, s.scale) if t is not None)
+    return bytes_.peak - kept
+
+
+@pytest.mark.parametrize("method", ["gptq", "wanda"])
+def test_the_working_set_is_one_block_whatever_the_depth(tokens, method):
+    cells = [(method, {"group_size": 32} if method == "gptq" else {})]
+    working_set(1, tokens, cells)  # first calls make lasting tensors of torch's own
+    shallow, deep = working_set(2, tokens, cells), working_set(8, tokens, cells)
+    block = 4 * sum(p.numel() for p in make_llama(layers=1).model.layers.parameters())
+    assert abs(deep - shallow) < block / 2  # six blocks more
+
+
+@pytest.mark.gpu
+def test_device_memory_is_one_block_on_a_gpu(tokens):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    peaks = []
+    for layers in (2, 8):
+        model = make_llama(layers=layers, hidden=512, intermediate=1536)
+        torch.cuda.reset_peak_memory_stats()
+        compress(model, "gptq", {"group_size": 64}, tokens.repeat(8, 1), device="cuda")
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_skip_and_overrides_go_by_layer(llama, tokens):
+    params = {
+        "bits": 4,
+        "group_size": 32,
+        "skip": ["*.0.self_attn.*"],
+        "overrides": {"*.down_proj": {"bits": 8}, "*.1.mlp.up_proj": {"bits": 3}},
+    }
+    done = compress(llama, "gptq", params, tokens)
+    bits = {row["layer"].removeprefix("model.layers."): done.stored[row["layer"]].bits for row in done.layers}
+    assert "0.self_attn.q_proj" not in bits and len(bits) == 10
+    assert bits["0.mlp.down_proj"] == 8 and bits["1.mlp.up_proj"] == 3 and bits["1.mlp.gate_proj"] == 4
+    assert done.model.model.layers[0].self_attn.q_proj.weight is llama.model.layers[0].self_attn.q_proj.weight
+    assert done.stored["model.layers.0.mlp.down_proj"].codes.abs().max() > 8
+
+
+def test_overrides_are_checked_like_parameters():
+    with pytest.raises(BadInput, match="skip"):
+        check("gptq", {"overrides": {"*": {"skip": ["x"]}}})
+    with pytest.raises(BadInput):
+        check("gptq", {"overrides": {"*": {"bits": 5}}})
+
+
+def test_layer_errors_are_output_errors(llama, tokens):
+    """The sketch against the definition ||(W - W')X|| / ||WX|| on the inputs themselves."""
+    done = compress(llama, "gptq", {"bits": 3, "group_size": 32}, tokens)
+    seen = {}
+    modules = {r["layer"]: done.model.get_submodule(r["layer"]) for r in done.layers}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, a, n=n: seen.__setitem__(n, a[0].reshape(-1, a[0].shape[-1])))
+        for n, m in modules.items()
+    ]
+    done.model(tokens)
+    for hook in hooks:
+        hook.remove()
+    for row in done.layers:
+        W, V, X = llama.get_submodule(row["layer"]).weight, modules[row["layer"]].weight, seen[row["layer"]]
+        assert row["error"] == pytest.approx(float((X @ (W - V).T).norm() / (X @ W.T).norm()), rel=0.35)
+
+
+def test_progress_counts_blocks(llama, tokens):
+    seen = []
+    compress(llama, "wanda", {}, tokens, progress=lambda *a: seen.append(a))
+    assert seen == [("compress", 1, 2), ("compress", 2, 2)]
+
+
+def test_half_precision_models_stay_in_their_dtype(tokens):
+    model = make_llama().bfloat16()
+    for method, params in [("gptq", {"group_size": 32}), ("sparsegpt", {"pattern": "2:4"}), ("awq", {"group_size": 32})]:
+        done = compress(model, method, params, tokens)
+        assert {p.dtype for p in done.model.parameters()} == {torch.bfloat16}
+        assert torch.isfinite(done.model(tokens[:1]).logits).all()
+    assert done.size_bytes < 2 * done.parameters
+
+
+def test_non_finite_activations_name_the_layer(tokens):
+    model = make_llama()
+    model.model.layers[1].post_attention_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(CellError, match=r"model\.layers\.1\.mlp\.gate_proj"):
+        compress(model, "wanda", {}, tokens)
+
+
+def test_too_few_tokens_names_the_number(llama, tokens):
+    with pytest.raises(BadInput, match=r"192 calibration tokens or more, not 96.*Raise samples to 4"):
+        compress(llama, "gptq", {"group_size": 32}, tokens[:2])
+    compress(llama, "wanda", {}, tokens[:2])
+
+
+@pytest.mark.parametrize(
+    "bad", [None, torch.zeros(4, 8), torch.zeros(8, dtype=torch.int64), torch.zeros(0, 8, dtype=torch.int64)]
+)
+def test_tokens_of_the_wrong_form_are_refused(llama, bad):
+    with pytest.raises(BadInput, match="int64 token ids"):
+        compress(llama, "wanda", {}, bad)
+
+
+def test_fused_experts_are_refused_with_what_is_supported(tokens):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2,
+        )
+    )  # fmt: skip
+    for method in ("rtn", "gptq"):
+        with pytest.raises(BadInput, match=r"silently stay dense.*Supported: .*Llama"):
+            compress(model, method, {"group_size": 16}, tokens)
+
+
+def test_other_weight_layouts_are_refused(tokens):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(BadInput, match=r"Supported: .*Llama"):
+        compress(model, "rtn", {"group_size": 16})
+
+
+def test_weights_shared_between_blocks_are_refused():
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(BadInput, match="tied"):
+        decoder_blocks(model)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "Phi3", "Mistral"])
+def test_other_families_compress_and_every_input_scale_folds(kind, tokens):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, pad_token_id=0, sliding_window=16,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for method, params in [("gptq", {"bits": 8, "group_size": 32}), ("awq", {"bits": 8, "group_size": 32})]:
+        done = compress(model, method, params, tokens)
+        error = (done.model(tokens).logits - model(tokens).logits).norm() / model(tokens).logits.norm()
+        assert error < 0.03, (method, error)
+        assert all(s.input_scale is None for s in done.stored.values())
+
+
+def test_groups_are_found_by_what_reads_the_same_input(llama, tokens):
+    copy = clone(llama)
+    _, blocks = decoder_blocks(copy)
+    groups = discover(copy, blocks, tokens[:1, :8], folds=True).of(blocks[0])
+    assert [[n.split(".")[-1] for n in g.linears] for g in groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    assert [(g.fold.producer, g.fold.kind, g.fold.repeat) for g in groups] == [
+        ("input_layernorm", "norm", 1),
+        ("self_attn.v_proj", "linear", 2),
+        ("post_attention_layernorm", "norm", 1),
+        ("mlp.up_proj", "linear", 1),
+    ]
