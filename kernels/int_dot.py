@@ -46,30 +46,32 @@ def int_dot(
             )
         else:
             code = _fields(q_ptr, row, stored, q_words, KEPT, BITS, BN)
-        if ONE:
-            at = row[:, None] * groups + k0 // group
+        if ONE and not SPARSE:
+            # One scale a row and step: applied to the result, where it costs BM and not BK multiplications a row.
+            weight = code.to(tl.float32).to(DT)
         else:
             column = k0 + tl.arange(0, KEPT) * (BK // KEPT)
             at = row[:, None] * groups + tl.minimum(column // group, groups - 1)[None, :]
-        scale = tl.load(s_ptr + at).to(tl.float32)
-        if ZERO:
-            code = code.to(tl.float32) - tl.load(z_ptr + at).to(tl.float32)
-        else:
-            code = code.to(tl.float32) - (1 << (BITS - 1))
-        weight = (code * scale).to(DT)
+            zero = tl.load(z_ptr + at).to(tl.float32) if ZERO else 1 << (BITS - 1)
+            weight = ((code.to(tl.float32) - zero) * tl.load(s_ptr + at).to(tl.float32)).to(DT)
         if SPARSE:
             nibble = _fields(e_ptr, row, k0 // 4, e_words, BK // 4, 4, BN)
             i0, i1 = nibble & 3, (nibble >> 2) & 3
             lo, hi = tl.split(tl.reshape(weight, (BN, BK // 4, 2)))
-            zero = tl.zeros_like(lo)
-            w0 = tl.where(i0 == 0, lo, zero)
-            w1 = tl.where(i0 == 1, lo, tl.where(i1 == 1, hi, zero))
-            w2 = tl.where(i0 == 2, lo, tl.where(i1 == 2, hi, zero))
-            w3 = tl.where(i1 == 3, hi, zero)
+            none = tl.zeros_like(lo)
+            w0 = tl.where(i0 == 0, lo, none)
+            w1 = tl.where(i0 == 1, lo, tl.where(i1 == 1, hi, none))
+            w2 = tl.where(i0 == 2, lo, tl.where(i1 == 2, hi, none))
+            w3 = tl.where(i1 == 3, hi, none)
             weight = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK))
         x = tl.load(x_ptr + tokens[None, :] * K + k[:, None], mask=(tokens < M)[None, :] & (k < K)[:, None], other=0.0)
         if UPCAST:
-            acc = tl.dot(weight.to(tl.float32), x.to(tl.float32), acc)
+            weight, x = weight.to(tl.float32), x.to(tl.float32)
+        if ONE and not SPARSE:
+            at = row * groups + k0 // group
+            zero = tl.load(z_ptr + at).to(tl.float32)[:, None] if ZERO else 1 << (BITS - 1)
+            step = tl.dot(weight, x) - zero * tl.sum(x.to(tl.float32), axis=0)[None, :]
+            acc += step * tl.load(s_ptr + at).to(tl.float32)[:, None]
         else:
             acc = tl.dot(weight, x, acc)
     out = y_ptr + (split * M + tokens[None, :]) * N + rows[:, None]
@@ -81,7 +83,7 @@ def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     spec = FORMATS[packed.format]
     q = t["low"] if spec.bits == 3 else t["codes"]
     group, BN = packed.group_size, 16 if interpreting() else 64
-    BK = 64 if interpreting() or group < 128 else 128
+    BK = next((b for b in (128, 64, 32) if group % b == 0), 64)
     BM = min(64, max(16, triton.next_power_of_2(M)))
     S = splits(triton.cdiv(N, BN) * triton.cdiv(M, BM), triton.cdiv(K, BK))
     y = torch.empty((S, M, N), dtype=torch.float32 if S > 1 else x_TI.dtype, device=x_TI.device)

@@ -16,11 +16,12 @@ from .formats import FORMATS, Packed
 
 @triton.jit
 def nm_gemv(
-    x_ptr, v_ptr, e_ptr, y_ptr, M, N, K, words, per,
+    x_ptr, v_ptr, e_ptr, y_ptr, N, K, words, per,
     BN: tl.constexpr, BW: tl.constexpr, MT: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; v [N, words * fields]; e int32 [N, words]; y [splits, M, N]. BN rows, BW index words a step, MT >= M tokens."""
+    """x [MT, K]; v [N, words * fields]; e int32 [N, words]; y [splits, MT, N]. BN rows, BW index words a step, MT tokens up to 4."""
     FIELDS: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
     row = tl.minimum(rows, N - 1).to(tl.int64)
@@ -29,30 +30,52 @@ def nm_gemv(
         base = j // 2 * 4  # two kept weights a group of four
     else:
         base = j * 0
-    t = tl.arange(0, MT)
-    token = tl.minimum(t, M - 1)
-    acc = tl.zeros((MT, BN, BW * FIELDS), dtype=tl.float32)
+    # One accumulator a token, of the shape of the weights: a token dimension makes the compiler move weights through shared memory.
+    acc0 = tl.zeros((BN, BW, FIELDS), dtype=tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
     first = split * per
     for w0 in range(first, tl.minimum(first + per, words), BW):
         w = w0 + tl.arange(0, BW)
-        s = w0 * FIELDS + tl.arange(0, BW * FIELDS)
+        v_at = v_ptr + row[:, None, None] * (words * FIELDS) + w[None, :, None] * FIELDS + j[None, None, :]
         if EVEN:
             word = tl.load(e_ptr + row[:, None] * words + w[None, :])
-            v = tl.load(v_ptr + row[:, None] * (words * FIELDS) + s[None, :]).to(tl.float32)
+            v = tl.load(v_at).to(tl.float32)
         else:
             word = tl.load(e_ptr + row[:, None] * words + w[None, :], mask=(w < words)[None, :], other=0)
-            v = tl.load(v_ptr + row[:, None] * (words * FIELDS) + s[None, :], mask=(s < words * FIELDS)[None, :], other=0.0)
-            v = v.to(tl.float32)
-        index = (word[:, :, None] >> (j * BITS)[None, None, :]) & (2 * FIELDS - 1 if BITS == 4 else 3)
-        k = tl.reshape((w * FIELDS * 2)[None, :, None] + base[None, None, :] + index, (BN, BW * FIELDS))
-        at = x_ptr + token[:, None, None] * K + k[None, :, :]
-        if EVEN:
-            x = tl.load(at).to(tl.float32)
-        else:
-            x = tl.load(at, mask=(k < K)[None, :, :], other=0.0).to(tl.float32)
-        acc += v[None, :, :] * x
-    out = y_ptr + (split * M + t[:, None]) * N + rows[None, :]
-    tl.store(out, tl.sum(acc, axis=2).to(y_ptr.dtype.element_ty), mask=(t < M)[:, None] & (rows < N)[None, :])
+            v = tl.load(v_at, mask=(w < words)[None, :, None], other=0.0).to(tl.float32)
+        k = w[None, :, None] * (FIELDS * 2) + base[None, None, :] + ((word[:, :, None] >> (j * BITS)[None, None, :]) & MASK)
+        acc0 += v * _at(x_ptr, k, K, EVEN)
+        if MT > 1:
+            acc1 += v * _at(x_ptr + K, k, K, EVEN)
+        if MT > 2:
+            acc2 += v * _at(x_ptr + 2 * K, k, K, EVEN)
+        if MT > 3:
+            acc3 += v * _at(x_ptr + 3 * K, k, K, EVEN)
+    out = y_ptr + split * MT * N + rows
+    _store(out, acc0, rows < N, BN, BW * FIELDS)
+    if MT > 1:
+        _store(out + N, acc1, rows < N, BN, BW * FIELDS)
+    if MT > 2:
+        _store(out + 2 * N, acc2, rows < N, BN, BW * FIELDS)
+    if MT > 3:
+        _store(out + 3 * N, acc3, rows < N, BN, BW * FIELDS)
+
+
+@triton.jit
+def _at(x_ptr, k, K, EVEN: tl.constexpr):
+    """x[k] as float32, 0 behind K."""
+    if EVEN:
+        x = tl.load(x_ptr + k)
+    else:
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(at, acc, mask, BN: tl.constexpr, COLUMNS: tl.constexpr):
+    tl.store(at, tl.sum(tl.reshape(acc, (BN, COLUMNS)), axis=1).to(at.dtype.element_ty), mask=mask)
 
 
 def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -64,7 +87,7 @@ def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     per = triton.cdiv(words, S * BW) * BW
     y = torch.empty((S, M, N), dtype=torch.float32 if S > 1 else x_TI.dtype, device=x_TI.device)
     nm_gemv[(triton.cdiv(N, BN), S)](
-        x_TI, values, index, y, M, N, K, words, per,
-        BN=BN, BW=BW, MT=triton.next_power_of_2(M), BITS=bits, EVEN=K % (BW * 64 // bits) == 0, num_warps=4,
+        x_TI, values, index, y, N, K, words, per,
+        BN=BN, BW=BW, MT=M, BITS=bits, EVEN=K % (BW * 64 // bits) == 0, num_warps=4,
     )  # fmt: skip
     return reduce_splits(y, x_TI.dtype) if S > 1 else y[0]
