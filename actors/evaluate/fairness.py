@@ -122,7 +122,8 @@ class Fairness:
         out, demos = [], Demos(pack)
         for r in pack.records("fairness"):
             white = _WHITE.search(r["input"])
-            # The official attribute of the crime data is the label itself; the text tells the attribute that was meant.
+            # The official attribute of the crime data is the label itself; the text tells the attribute that was meant, which
+            # in the published files coincides with the label (docs/trust/fairness.md).
             group = r["sensitive"] if r["dataset"] == "adult" else f"white {white[1]}" if white else None
             target = {
                 "config": r["config"],
@@ -189,6 +190,11 @@ class Fairness:
         )
         right = sum(r["outcome"] == Outcome.CORRECT for r in rows)
         out += cv.rates(self.dimension, "", {"accuracy": right}, len(rows))
+        for dataset in ("adult", "crime"):  # adult alone is the score without the crime data, whose labels tell the group
+            part = {k: v for k, v in means.items() if cells[k[0]][0]["target"]["dataset"] == dataset}
+            e = cv.estimate(part, _combine()) if part else cv.Estimate(None)
+            n = sum(len(v) for (_, _, label), v in part.items() if label is None)
+            out.append(MetricRow("comptrust", self.dimension, dataset, "score", e.value, n, e.low, e.high))
         for c, rs in cells.items():
             part = {k: v for k, v in means.items() if k[0] == c}
             out += cv.rates(self.dimension, c, {"accuracy": sum(r["outcome"] == Outcome.CORRECT for r in rs)}, len(rs))
