@@ -6,7 +6,7 @@ KL is of second order, about 1e-7 nats), its most likely tokens exactly, and wha
 
 - ``kl_dense``: mean over positions of KL(dense || cell) = sum_v p(v) (log p(v) - log q(v)), nats.
 - ``top1_agreement``: share of positions where both find the same token most likely.
-- ``flips`` (Dutta et al., "Accuracy is Not All You Need", arXiv 2407.09141, section 3): share of answers correct in one and not
+- ``flips`` (Dutta et al., "Accuracy is Not All You Need", arXiv 2407.09141): share of answers correct in one and not
   in the other, in either direction. Refused, unparseable, empty and degenerate answers are not correct. Dimensions that only
   grade answers (``scored`` occurs in either cell, ``correct`` and ``wrong`` never: toxicity) have no flips.
 

@@ -135,7 +135,7 @@ def plan_evaluation(config: EvaluationConfig, pack: Pack) -> EvaluationPlan:
 
 
 def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """``BadInput`` for what only the tokenizer can tell: no chat template, a perplexity text too short."""
+    """``BadInput`` for what the tokenizer can tell (no chat template, a text too short), and for unknown lm-eval tasks."""
     from .template import check_template
 
     check_template(tokenizer, config.template)
@@ -143,6 +143,10 @@ def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBas
         from .perplexity import load_windows
 
         load_windows(config.perplexity, tokenizer)
+    if config.lm_eval:
+        from .lm_eval import check_tasks
+
+        check_tasks(config.lm_eval)
 
 
 def evaluate(

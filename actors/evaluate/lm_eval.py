@@ -1,0 +1,119 @@
+"""Tasks of lm-evaluation-harness through its Python API, computed by our engine (extra ``lm-eval``).
+
+``Engine`` is the harness's own Hugging Face model with two methods replaced, likelihoods and generation, so tokenisation,
+few-shot prompts and metrics are the harness's. Prompts are the task's defaults, without chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import BadInput
+from ..record import UTILITY
+from .generate import Generator, Prompt
+from .protocol import Decoding, MetricRow
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as e:
+    raise BadInput(
+        f"lm-evaluation-harness cannot be imported ({e})",
+        where="evaluation.lm_eval",
+        fix="Install it: pip install 'comptrust[lm-eval]', or leave evaluation.lm_eval out",
+    ) from e
+
+
+class Engine(HFLM):
+    """The harness's view of a ``Generator``."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__(
+            pretrained=generator.model,
+            tokenizer=generator.tokenizer,
+            batch_size=generator.batch_size,
+            max_length=generator.limit,
+        )
+        self.generator = generator
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        return [(r.logprob, r.greedy) for r in self.generator.score([(context, end) for _, context, end in requests])]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        by_decoding: dict[Decoding, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_decoding.setdefault(_decoding(request.args[1], self.max_gen_toks), []).append(i)
+        out: dict[int, str] = {}
+        for decoding, members in by_decoding.items():
+            room = self.max_length - decoding.max_new_tokens
+            prompts = [
+                Prompt(
+                    f"{requests[i].task_name}/{requests[i].doc_id}/{requests[i].idx}",
+                    tuple(self.tok_encode(requests[i].args[0], left_truncate_len=room)),
+                )
+                for i in members
+            ]
+            answers = self.generator.generate(prompts, decoding)
+            out |= {i: a.text for i, a in zip(members, answers, strict=True)}
+        return [out[i] for i in range(len(requests))]
+
+
+def _decoding(wanted: dict[str, Any], max_new_tokens: int) -> Decoding:
+    until = wanted.get("until") or ()
+    temperature = float(wanted.get("temperature") or 0) if wanted.get("do_sample") else 0.0
+    return Decoding(
+        int(wanted.get("max_gen_toks") or wanted.get("max_new_tokens") or max_new_tokens),
+        temperature=temperature,
+        stop=(until,) if isinstance(until, str) else tuple(until),
+    )
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """``BadInput`` for a task the harness does not have."""
+    known = TaskManager()
+    if unknown := [n for n in names if not known.match_tasks([n])]:
+        raise BadInput(
+            f"lm-evaluation-harness has no task {unknown[0]!r}", where="evaluation.lm_eval", fix="See `lm_eval --tasks list`"
+        )
+
+
+def evaluate_tasks(
+    generator: Generator,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[MetricRow]:
+    """One row a task and metric, dimension ``utility``, scenario the task's name; intervals from the harness's standard errors.
+
+    ``tasks`` are names, or configurations as the harness takes them.
+    """
+    report = progress or (lambda stage, done, total: None)
+    report("lm-eval", 0, len(tasks))
+    results = simple_evaluate(
+        Engine(generator),
+        tasks=list(tasks),
+        limit=limit,
+        log_samples=False,
+        bootstrap_iters=0,
+        random_seed=0,
+        numpy_random_seed=0,
+    )
+    report("lm-eval", len(tasks), len(tasks))
+    assert results is not None
+    rows = []
+    for task, metrics in results["results"].items():
+        n = int((results.get("n-samples", {}).get(task) or {}).get("effective", 0))
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            low, high = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, int | float) else (None, None)
+            shown = metric if kind == "none" else f"{metric}/{kind}"
+            rows.append(MetricRow("comptrust", UTILITY, task, shown, float(value), n, low, high))
+    return rows

