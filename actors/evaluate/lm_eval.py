@@ -99,7 +99,7 @@ def evaluate_tasks(
         tasks=list(tasks),
         limit=limit,
         log_samples=False,
-        bootstrap_iters=0,
+        bootstrap_iters=1000,
         random_seed=0,
         numpy_random_seed=0,
     )

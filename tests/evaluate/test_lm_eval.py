@@ -1,16 +1,17 @@
-"""Our engine under lm-evaluation-harness against the harness's own Hugging Face model: same requests, same answers."""
+"""Our engine under lm-evaluation-harness against the harness's own Hugging Face model: same requests, same answers.
+
+Slow for its imports; needs the extra ``lm-eval``.
+"""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-
-pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-
 from comptrust.actors.errors import BadInput
 from comptrust.actors.evaluate.generate import Generator
-from comptrust.actors.evaluate.lm_eval import Engine, check_tasks, evaluate_tasks
+
+pytestmark = pytest.mark.slow
 
 HEAD = "Question: What is the colour of the sky?\nAnswer: blue\n\nQuestion: What do bees make?\nAnswer: honey\n\n"
 QUESTIONS = ["What is wet?", "Who wrote the letter to the council about the bonfire?", "Why?", "Where is the old harbour lamp?"]
@@ -32,6 +33,7 @@ def requests(kind: str):
 
 @pytest.fixture(scope="module")
 def both(tiny_model, tokenizer):
+    from comptrust.actors.evaluate.lm_eval import Engine
     from lm_eval.models.huggingface import HFLM
 
     peer = HFLM(pretrained=tiny_model, tokenizer=tokenizer, batch_size=4, max_length=4096)
@@ -58,6 +60,8 @@ def test_rolling(both):
 
 
 def test_a_whole_task(tiny_model, tokenizer, tmp_path):
+    from comptrust.actors.evaluate.lm_eval import evaluate_tasks
+
     docs = [{"q": q, "choices": ["water", "nobody", "the hill"], "a": i % 3} for i, q in enumerate(QUESTIONS * 3)]
     (tmp_path / "d.json").write_text(json.dumps(docs))
     task = {
@@ -77,6 +81,8 @@ def test_a_whole_task(tiny_model, tokenizer, tmp_path):
 
 
 def test_unknown_task():
+    from comptrust.actors.evaluate.lm_eval import check_tasks
+
     check_tasks(["hellaswag"])
     with pytest.raises(BadInput, match=r"evaluation.lm_eval: lm-evaluation-harness has no task 'helaswag'"):
         check_tasks(["helaswag"])
