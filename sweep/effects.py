@@ -121,7 +121,7 @@ class Effects:
 
     def _build(self) -> None:
         compared = [k for k, r in self.rows.items() if (r["method"] != "dense" or self.pairs) and self.dense(k) is not None]
-        items = ItemScores(self.results, [k for c in compared for k in (c, self.dense(c)["key"])])
+        self.items = items = ItemScores(self.results, self.rows)
         effects: list[Effect] = []
         for dimension in DIMENSIONS:
             effects += self._dimension(dimension, compared, items)
@@ -198,7 +198,7 @@ class _PairedItems:
 class ItemScores:
     """Items of some cells, reduced to the parts that each dimension's formula averages."""
 
-    def __init__(self, results: Results, keys: Iterable[str], dimensions: Sequence[str] = DIMENSIONS) -> None:
+    def __init__(self, results: Results, keys: Iterable[str], dimensions: Sequence[str] = (*DIMENSIONS, "mmlu")) -> None:
         self._items: dict[tuple[str, str], list[Row]] = {}
         self._parts: dict[tuple[str, str], Parts | None] = {}
         targets: dict[str, Any] = {}
@@ -253,9 +253,17 @@ class Parts:
         binary = all(v in (0.0, 1.0) for _, v in values)
         #: cluster -> value where each prompt was asked once with a binary answer (McNemar applies), else None
         self.once = dict(values) if binary and len(values) == len(self.clusters) else None
+        self._pseudo: dict[tuple[Hashable, ...], np.ndarray | None] = {}
 
     def pseudo(self, clusters: Sequence[Hashable]) -> np.ndarray | None:
         """Jackknife pseudo-values of the score over ``clusters``, centred on the score itself; None if there is no score."""
+        # A dense cell is asked by every cell that is compared with it, always for the same prompts.
+        asked = tuple(clusters)
+        if asked not in self._pseudo:
+            self._pseudo[asked] = self._leave_out(asked)
+        return self._pseudo[asked]
+
+    def _leave_out(self, clusters: Sequence[Hashable]) -> np.ndarray | None:
         g, at = len(clusters), {c: i for i, c in enumerate(clusters)}
         left, whole = {}, {}
         for name, pairs in self.cells.items():
