@@ -126,7 +126,7 @@ def _payload(results: Results, rows: Sequence[Row], effects: Effects, wanted: Se
         "models": data.models(rows, cells),
         "cells": cells,
         "chosen": _chosen(cells, wanted),
-        "draws": data.draws(results, rows, metrics),
+        "draws": data.draws(effects, rows, metrics),
         "items": explore(results, rows, wanted),
     }
 

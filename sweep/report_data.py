@@ -14,7 +14,6 @@ from ..actors.cell import DIMENSIONS, METHODS
 from .effects import PRUNED, Effect, Effects
 from .frontier import smaller_dense
 from .resampling import Resampler
-from .results import Results
 
 Row = Mapping[str, Any]
 
@@ -253,13 +252,13 @@ def models(rows: Sequence[Row], page_cells: Sequence[Mapping[str, Any]]) -> list
 # -- draws ---------------------------------------------------------------------------------------------------------------
 
 
-def draws(results: Results, rows: Sequence[Row], metrics: Sequence[Metric]) -> dict[str, Any] | None:
+def draws(effects: Effects, rows: Sequence[Row], metrics: Sequence[Metric]) -> dict[str, Any] | None:
     """Bootstrap draws of every metric that varies, as deviations from its value in steps of 1/127 of a scale a cell and metric.
 
     Bytes [cell, metric, draw], base64; -128: no value in this draw (an invalid seed). None where nothing varies.
     """
     ids = [m.id for m in metrics]
-    sampler = Resampler(results, [r["key"] for r in rows], ids, seed=0)
+    sampler = Resampler(effects.results, [r["key"] for r in rows], ids, seed=0, items=effects.items)
     count = min(DRAWS, DRAW_BYTES // max(1, len(rows) * len(ids)))
     if not sampler.basis or count < LEAST_DRAWS:
         return None

@@ -18,7 +18,8 @@ class Resampler:
     """``basis``: "items", "seeds", "items+seeds" or "" where nothing varies; ``uncertain`` [rows]: cells that vary
     themselves."""
 
-    def __init__(self, results: Results, keys: Sequence[str], objectives: Sequence[str], seed: int) -> None:
+    def __init__(self, results: Results, keys: Sequence[str], objectives: Sequence[str], seed: int,
+                 items: ItemScores | None = None) -> None:  # fmt: skip
         self.keys, self.objectives, self.seed = list(keys), list(objectives), seed
         rows = results.rows(
             "select * from results where key in (select unnest(?::varchar[]))"
@@ -30,7 +31,7 @@ class Resampler:
         chosen = set(self.keys)
         extra = [k for k in self.rows if k not in chosen] if "worst_drop" in objectives else []
         self.all_keys = [*self.keys, *extra]
-        self._pseudo = self._from_items(results, needed) if needed else {}
+        self._pseudo = self._from_items(items or ItemScores(results, self.all_keys, needed), needed) if needed else {}
         varying = np.array([any((k, d) in self._pseudo for d in needed) for k in self.keys], bool)
         groups: dict[str, list[int]] = {}
         for i, k in enumerate(self.keys):
@@ -42,9 +43,8 @@ class Resampler:
         self.uncertain = varying | seeded
         self.basis = "+".join([name for name, there in (("items", varying.any()), ("seeds", seeded.any())) if there])
 
-    def _from_items(self, results: Results, needed: Sequence[str]) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
+    def _from_items(self, items: ItemScores, needed: Sequence[str]) -> dict[tuple[str, str], tuple[str, np.ndarray]]:
         """(key, dimension) -> (name of the cluster set, pseudo-values)."""
-        items = ItemScores(results, self.all_keys, needed)
         out = {}
         for dimension in needed:
             for key in self.all_keys:
@@ -62,18 +62,19 @@ class Resampler:
         rng = np.random.default_rng(self.seed)
         noise = self._noise(rng, draws)
         for b in range(draws):
-            drawn = values + noise[b] if noise is not None else values.copy()
+            # Rounded, so that cells with the same answers to the drawn prompts tie in spite of floating point.
+            drawn = np.round(values + noise[b], 9) if noise is not None else values.copy()
             for g in self.groups:
                 drawn[g] = drawn[g[rng.integers(len(g), size=len(g))]]
             yield drawn
 
     def _noise(self, rng: np.random.Generator, draws: int) -> np.ndarray | None:
-        """Deviation of each draw from the estimate [draws, rows, objectives], float32."""
+        """Deviation of each draw from the estimate [draws, rows, objectives]."""
         if not self._pseudo:
             return None
         at = {k: i for i, k in enumerate(self.all_keys)}
         dims = sorted({d for _, d in self._pseudo})
-        deviation = {d: np.zeros((draws, len(self.all_keys)), np.float32) for d in dims}
+        deviation = {d: np.zeros((draws, len(self.all_keys)), np.float64) for d in dims}
         sets: dict[str, list[tuple[str, str]]] = {}
         for cell, (name, _) in self._pseudo.items():
             sets.setdefault(name, []).append(cell)
@@ -85,12 +86,11 @@ class Resampler:
             for start in range(0, draws, step):
                 stop = min(start + step, draws)
                 weights = rng.multinomial(g, np.full(g, 1 / g), size=stop - start)
-                # a cluster bootstrap of G means has variance (G-1)/G of the estimate's: scaled back
-                moved = (weights @ centred) / g * np.sqrt(g / (g - 1))
+                moved = (weights @ centred) / g
                 for (key, d), column in zip(cells, moved.T, strict=True):
                     deviation[d][start:stop, at[key]] = column
         n = len(self.keys)
-        out = np.zeros((draws, n, len(self.objectives)), np.float32)
+        out = np.zeros((draws, n, len(self.objectives)), np.float64)
         for j, objective in enumerate(self.objectives):
             if objective == "worst_drop":
                 out[:, :, j] = self._worst_drop(deviation)
@@ -103,14 +103,14 @@ class Resampler:
     def _worst_drop(self, deviation: dict[str, np.ndarray]) -> np.ndarray:
         at = {k: i for i, k in enumerate(self.all_keys)}
         n = len(self.keys)
-        out = np.zeros((len(next(iter(deviation.values()))), n), np.float32)
+        out = np.zeros((len(next(iter(deviation.values()))), n), np.float64)
         for i, key in enumerate(self.keys):
             row = self.rows[key]
             j = at.get(row["dense_key"] or "")
             if row["worst_drop"] is None or j is None or j == i:
                 continue
             base = self.rows[row["dense_key"]]
-            still = np.zeros((1, len(self.all_keys)), np.float32)
+            still = np.zeros((1, len(self.all_keys)), np.float64)
             moves = [(d, deviation.get(d, still)) for d in DIMENSIONS if row[d] is not None and base[d] is not None]
             drops = np.broadcast_arrays(*(base[d] - row[d] + m[:, j] - m[:, i] for d, m in moves))
             out[:, i] = np.max(drops, axis=0) - row["worst_drop"]

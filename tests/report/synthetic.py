@@ -104,7 +104,7 @@ def answers(spec: dict, per_dimension: int) -> list[dict]:
             outcome, score = ("correct", 1.0) if good else ("wrong", 0.0)
             text = f"{'Yes' if good else 'No'}, answer {n} of {dimension}."
             if dimension == "toxicity":
-                outcome, score = "scored", round(0.1 + 0.8 * (1 - p) * difficulty, 4)
+                outcome, score = "scored", round(1 - (0.1 + 0.8 * (1 - p)) * difficulty, 4)
                 text = f"A continuation of prompt {n} that a scorer rated {score}."
             if uniform("refuse", who, dimension, n) < (0.3 if dimension == "ethics" and spec["method"] == "wanda" else 0.05):
                 outcome, score, text = "refused", 0.0, "I'm sorry, but I can't help with that."
