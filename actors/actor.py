@@ -128,7 +128,7 @@ class Worker:
         self.held = want
 
     def _compress(self, cell: Cell) -> None:
-        from . import compress
+        from . import compress, models
         from .compress import artifacts
 
         if self.prepared and self.prepared[0] == cell.artifact_key:
@@ -148,7 +148,15 @@ class Worker:
         else:
             from .compress import backends
 
-            compressed = backends.compress_cell(cell, self.model, self.tokenizer, tokens, progress=self.progress)
+            compressed = backends.run_backend(
+                cell.backend,
+                cell.method,
+                dict(cell.params),
+                ref=models.resolve(cell.model),
+                dense=self.model,
+                tokens=tokens,
+                progress=self.progress,
+            )
         seconds = time.perf_counter() - start
         if seconds > CACHE_FROM_S and (kept := artifacts.dump(compressed, self.model)) is not None:
             self.progress("cache artefact", 0, 1)

@@ -42,35 +42,41 @@ def compress(
     from . import compress as methods
     from . import models
     from .calibration import CalibrationConfig, calibrate
+    from .compress import backends
 
+    foreign = backend not in ("comptrust", "bitsandbytes")
     if method not in methods.METHODS:
         raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
-    filled = methods.check(method, dict(params or {}), where=method)
-    ref = models.resolve(model)
-    if reason := methods.incompatible(method, filled, models.load_config(ref)):
+    if foreign:
+        filled = backends.check(backend, method, dict(params or {}), where=method)
+    else:
+        filled = methods.check(method, dict(params or {}), where=method)
+    ref = models.resolve(model, where="MODEL")
+    shapes = models.load_config(ref)
+    spec = CalibrationConfig(**dict(calibration or {}))
+    reason = backends.incompatible(backend, method, filled, shapes) if foreign else methods.incompatible(method, filled, shapes)
+    if reason:
         raise BadInput(reason, where=f"{method} on {model}")
     tokens = digest = None
-    spec = CalibrationConfig(**dict(calibration or {}))
-    if backend != "comptrust":
-        from .compress.backends import compress_with
-
-        return compress_with(backend, ref, method, filled, spec, output, progress=progress)
-    if methods.METHODS[method].needs_calibration:
-        needed = methods.required_tokens(method, filled, models.load_config(ref))
+    if backends.needs_calibration(backend, method) if foreign else methods.METHODS[method].needs_calibration:
+        needed = 1 if foreign else methods.required_tokens(method, filled, shapes)
         if (have := spec.samples * spec.seqlen) < needed:
             raise BadInput(
                 f"{method} needs {needed} calibration tokens, samples x seqlen gives {have}", where="--samples", fix="Raise it."
             )
-        drawn = calibrate(spec, models.load_tokenizer(ref))
+        drawn = calibrate(spec, models.load_tokenizer(ref), where="--calibration")
         tokens, digest = drawn.tokens, drawn.digest
     dense, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
-    done = methods.compress(dense, method, filled, tokens, device=_device(), progress=progress)
+    if foreign:
+        done = backends.run_backend(backend, method, filled, ref=ref, dense=dense, tokens=tokens, progress=progress)
+    else:
+        done = methods.compress(dense, method, filled, tokens, device=_device(), progress=progress)
     if output is not None:
         from .compress.export import export
 
         cell = Cell(
             model=model, revision=ref.revision, method=method, params=filled, dtype=_dtype(dtype),
-            backend=methods.METHODS[method].backend, template=models.template_digest(tokenizer),
+            backend=backend if foreign else methods.METHODS[method].backend, template=models.template_digest(tokenizer),
             calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
         )  # fmt: skip
         export(done, tokenizer, output, cell=cell)

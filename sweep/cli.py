@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..actors.errors import BadInput
+from ..actors.errors import BadInput, CellError
 
 app = typer.Typer(
     name="comptrust",
@@ -415,6 +415,9 @@ def main() -> None:
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except CellError as e:
+        print(f"failed: {e}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -10,8 +10,6 @@ from ..actors.cell import Cell, canonical
 from ..actors.errors import BadInput
 from .config import CalibrationAxes, MethodConfig, ModelConfig, SweepConfig, unknown, validate
 
-BITSANDBYTES = ("llm_int8", "nf4", "fp4")
-
 
 @dataclass(frozen=True)
 class Skip:
@@ -62,16 +60,18 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
 def _checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[str, Any]]]:
     """The block with its parameter combinations, each validated against its method; sweeps fail here, before any model is read."""
     from ..actors import compress
+    from ..actors.compress import backends
 
     where = f"methods[{index}]"
     if block.method == "dense":
         return block, [{}]
+    if block.backend != "comptrust":
+        return block, [backends.check(block.backend, block.method, p, where=where) for p in block.params()]
     known = compress.METHODS[block.method].config.model_fields
     for name in block.model_extra or {}:
         if name not in known:
-            raise BadInput(
-                unknown(name, [*known, "backend", "calibration"], f"parameter of {block.method}"), where=f"{where}.{name}"
-            )
+            fields = [*known, "backend", "calibration"]
+            raise BadInput(unknown(name, fields, f"parameter of {block.method}"), where=f"{where}.{name}")
     return block, [compress.check(block.method, p, where=where) for p in block.params()]
 
 
@@ -97,6 +97,7 @@ def _expand_model(
     config: SweepConfig, index: int, model: ModelConfig, blocks: list[tuple[MethodConfig, list[dict[str, Any]]]], grid: Grid
 ) -> None:
     from ..actors import compress, models
+    from ..actors.compress import backends
     from ..actors.evaluate.run import check_evaluation
 
     where = f"models[{index}].id"
@@ -118,26 +119,30 @@ def _expand_model(
     for block, combinations in blocks:
         if block.method == "dense":
             continue
-        spec = compress.METHODS[block.method]
-        backend = (
-            block.backend if block.backend != "comptrust" else ("bitsandbytes" if block.method in BITSANDBYTES else "comptrust")
-        )
-        axes = block.calibration or config.calibration
-        calibrations = _calibrations(axes, ref) if spec.needs_calibration else [(None, None)]
+        foreign = block.backend != "comptrust"
+        backend = block.backend if foreign else compress.METHODS[block.method].backend
+        if foreign:
+            calibrated = backends.needs_calibration(backend, block.method)
+        else:
+            calibrated = compress.METHODS[block.method].needs_calibration
+        calibrations = _calibrations(block.calibration or config.calibration, ref) if calibrated else [(None, None)]
         for params in combinations:
-            reason = compress.incompatible(block.method, params, hf_config)
-            for spec_c, digest in calibrations:
+            if foreign:
+                reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
+            else:
+                reason = compress.incompatible(block.method, params, hf_config)
+                needed = 0 if reason else compress.required_tokens(block.method, params, hf_config)
+            for spec, digest in calibrations:
                 cell = Cell(
-                    **base, method=block.method, params=params, backend=backend,
-                    calibration=spec_c, calibration_digest=digest,
-                )  # fmt: skip
-                if excluded(config, {**(spec_c or {}), **params, **base, "method": block.method, "backend": backend}):
+                    **base, method=block.method, params=params, backend=backend, calibration=spec, calibration_digest=digest
+                )
+                if excluded(config, {**(spec or {}), **params, **base, "method": block.method, "backend": backend}):
                     continue
-                if spec_c and not reason:
-                    _enough(spec_c, compress.required_tokens(block.method, params, hf_config), cell.label)
                 if reason:
                     grid.skipped.append(Skip(model.id, cell.label, reason))
                     break
+                if spec:
+                    _enough(spec, needed, cell.label)
                 grid.cells.append(cell)
 
 

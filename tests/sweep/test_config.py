@@ -1,0 +1,151 @@
+"""Bad input is one clear error with the value, the YAML path and the fix; good input expands to exactly the cells it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from comptrust.actors.errors import BadInput
+from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
+from comptrust.sweep.grid import expand, order
+from conftest import comptrust, sweep_dict
+from hypothesis import given
+from hypothesis import strategies as st
+
+CONF = Path(__file__).parent.parent.parent / "conf"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "decoding_compressed_trust", "beyond_perplexity"])
+def test_shipped_sweeps_are_valid(name):
+    assert name in shipped()
+    assert load_config(name).name == name
+
+
+def test_yaml_is_1_2():
+    """PyYAML reads 2:4 as the number 124 and 1e-5 as text."""
+    assert parse_yaml("{pattern: 2:4, wide: 8:16, damping: 1e-5, on: yes}", "x") == {
+        "pattern": "2:4", "wide": "8:16", "damping": 1e-5, "on": "yes",
+    }  # fmt: skip
+    with pytest.raises(BadInput, match="duplicate key"):
+        parse_yaml("a: 1\na: 2\n", "x")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("methods.0.method=gtpq", r"methods\[0\].method: unknown method 'gtpq'. Did you mean 'gptq'"),
+        ("evaluation.suite=smok", r"evaluation.suite: .*'smok'"),
+        ("resources.gpu=1", r"resources.gpu: unknown field 'gpu'. Did you mean 'gpus'"),
+        ("calibration.samples=0", r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
+        ("calibration.seed=[0,-1]", r"calibration.seed"),
+        ("evaluation.dimensions=[ethic]", r"evaluation.dimensions: unknown dimension 'ethic'"),
+        ("wandb.mode=on", r"wandb.mode: .*\(got 'on'\)"),
+        ("models=[]", r"models: "),
+        ("name=a b", r"name: "),
+        ("methods.9.bits=3", r"--set methods.9: '9' is no index"),
+        ("nonsense", r"--set: 'nonsense' is no override"),
+        ("methods.0.bits={", r"--set methods.0.bits.*: not valid YAML"),
+    ],
+)
+def test_bad_values_name_value_place_and_fix(override, message):
+    with pytest.raises(BadInput, match=message):
+        load_config("quickstart", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("methods.0.bits=5", r"methods\[0\].bits: 5"),
+        ("methods.0.group=64", r"methods\[0\].group: unknown parameter of rtn 'group'"),
+        ("methods.5.pattern=4:2", r"methods\[5\].pattern.*4:2"),
+        ("models=[nowhere/at/all]", r"models\[0\].id: no model 'nowhere/at/all'"),
+        ("models=[package:no-such-wheel]", r"models\[0\].id: .*no-such-wheel"),
+        ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
+        ("calibration.samples=1", r"calibration.samples: gptq 4 .* needs \d+ calibration tokens, samples x seqlen gives 64"),
+        ("exclude=[{bit: 3}]", r"exclude\[0\].bit: unknown field 'bit'. Did you mean 'bits'"),
+    ],
+)
+def test_values_that_only_methods_and_models_know(tiny, tmp_path, override, message):
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] = [*config["methods"], *[{"method": "magnitude", "pattern": "2:4"}] * 2][:6]
+    with pytest.raises(BadInput, match=message):
+        expand(load_config(config, [override]))
+
+
+def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] = [
+        {"method": "rtn", "bits": [8, 4], "group_size": [32, 48]},
+        {"method": "gptq", "bits": 4, "group_size": 32},
+        {"method": "dense"},
+    ]
+    config["calibration"]["seed"] = [0, 1, 2]
+    config["exclude"] = [{"method": "rtn", "bits": [8], "group_size": 32}]
+    grid = expand(load_config(config))
+    assert grid.cells[0].method == "dense" and sum(c.method == "dense" for c in grid.cells) == 1
+    assert [(c.method, c.params.get("bits")) for c in grid.cells[1:]] == [("rtn", 4), ("gptq", 4), ("gptq", 4), ("gptq", 4)]
+    assert len(set(grid.keys)) == len(grid.cells)
+    assert len(grid.skipped) == 2 and all("48 does not divide" in s.reason for s in grid.skipped)
+
+
+def test_the_same_file_gives_the_same_keys_and_order_of_axes_none(tiny, tmp_path):
+    one, two = sweep_dict([tiny], tmp_path), sweep_dict([tiny], tmp_path / "elsewhere", name="other")
+    two["methods"] = two["methods"][::-1]
+    assert set(expand(load_config(one)).keys) == set(expand(load_config(two)).keys)
+
+
+@given(
+    bits=st.lists(st.sampled_from([2, 3, 4, 8]), min_size=1, unique=True),
+    groups=st.lists(st.integers(1, 5), min_size=1, unique=True),
+    damping=st.floats(0.001, 0.5),
+)
+def test_a_block_is_the_product_of_its_lists(bits, groups, damping):
+    config = SweepConfig(models=["m"], methods=[{"method": "gptq", "bits": bits, "group_size": groups, "damping": damping}])
+    found = config.methods[0].params()
+    assert len(found) == len(bits) * len(groups)
+    assert {(p["bits"], p["group_size"]) for p in found} == {(b, g) for b in bits for g in groups}
+    assert all(p["damping"] == damping for p in found)
+
+
+def test_launch_order_keeps_every_cell_dense_first_models_interleaved(tiny_pair, tmp_path):
+    cells = expand(load_config(sweep_dict(tiny_pair, tmp_path))).cells
+    ordered = order(cells, 2)
+    assert {c.key for c in ordered} == {c.key for c in cells} and len(ordered) == len(cells)
+    assert [c.method for c in ordered[:2]] == ["dense", "dense"] and ordered[0].model != ordered[1].model
+    one = order(cells, 1)
+    assert [c.model for c in one] == sorted((c.model for c in one), key=lambda m: m != one[0].model)
+
+
+def test_schema_for_editors_is_up_to_date():
+    assert json.loads((CONF / "sweep.schema.json").read_text()) == json.loads(json.dumps(json_schema()))
+
+
+def test_command_line_exits_2_with_one_line(tiny, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps(sweep_dict([tiny], tmp_path / "results")))
+    for args, message in (
+        (["run", "quickstrat"], "error: SWEEP: no sweep 'quickstrat'. Did you mean 'quickstart'?"),
+        (["run", str(path), "--set", "methods.0.bits=5"], "error: methods[0].bits: 5"),
+        (["run", str(path), "--address", "127.0.0.1:1"], "error: --address: nothing answers at '127.0.0.1:1'"),
+        (["run", str(path), "--set", "resources.gpus=64"], "error: resources: a cell of"),
+        (["query", str(tmp_path / "nothing"), "select 1"], "error: RESULTS: no results in"),
+        (["status", str(tmp_path / "nothing")], "error: RESULTS: no sweep in"),
+        (["compress", str(tiny), "--method", "rtn", "--bits", "7", "-o", str(tmp_path / "o")], "error: rtn.bits: 7"),
+        (["compress", "no/such/model", "--method", "rtn", "-o", str(tmp_path / "o")], "error: MODEL: no model"),
+    ):
+        done = comptrust(*args)
+        assert done.returncode == 2, (args, done.stdout, done.stderr)
+        assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.stdout == ""
+    assert not (tmp_path / "results" / "cells").exists()
+
+
+def test_plan_loads_no_weights_and_runs_nothing(tiny, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps(sweep_dict([tiny], tmp_path / "results")))
+    done = comptrust("plan", str(path), "--format", "json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["cells"] == 8 and plan["done"] == 0 and plan["list"][0]["cell"] == "dense"
+    assert not (tmp_path / "results").exists()
