@@ -50,9 +50,15 @@ class EvaluationConfig(_Frozen):
     template: Literal["chat", "plain"] = Field(
         default="chat", description="`chat`: the tokenizer's chat template; `plain`: turns as plain text, for base models"
     )
+    toxicity_scorer: Literal["builtin", "toxic-bert", "xlmr-toxicity", "hub"] = Field(
+        default="builtin",
+        description="`builtin` (MiniLM and n-grams, of the extra `quickstart`), a classifier of the hub, or `hub`: the mean of both",
+    )
     seed: int = Field(default=0, ge=0, description="keys the sampling noise, with item, sample and step")
     batch_size: int | None = Field(
-        default=None, ge=1, description="answers decoded at once; default 16 on CPU, 64 on a GPU; halved when memory runs out"
+        default=None,
+        ge=1,
+        description="answers decoded at once; default 32 on CPU, 128 on a GPU; fewer where prompts are long or memory runs out",
     )
     keep_text: bool = Field(default=True, description="false: answers are stored as hashes only, and `rescore` refuses")
 

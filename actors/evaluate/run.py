@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..cell import canonical, digest
 from ..errors import BadInput, CellError
 from ..record import UTILITY
+from . import toxicity_scorer
 from .config import EvaluationConfig
 from .data import Pack
 from .protocol import Decoding, Item, MetricRow, Task
@@ -79,6 +80,7 @@ class EvaluationPlan:
                 "perplexity": text,
                 "lm_eval": lm_eval,
                 "answers": h.hexdigest(),
+                **({} if c.toxicity_scorer == "builtin" else {"toxicity_scorer": c.toxicity_scorer}),
             }
         )
 
@@ -113,6 +115,7 @@ def plan_evaluation(config: EvaluationConfig, pack: Pack) -> EvaluationPlan:
     """Choose the items of every task. ``BadInput``: no data for a dimension in the pack, no perplexity text."""
     from . import TASKS
 
+    toxicity_scorer.use(config.toxicity_scorer)
     mmlu = config.mmlu if config.mmlu is not None else config.suite != "smoke" and "mmlu" in pack.names
     tasks = []
     for name in (*config.dimensions, *(["mmlu"] if mmlu else [])):
@@ -139,6 +142,8 @@ def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBas
     from .template import check_template
 
     check_template(tokenizer, config.template)
+    if "toxicity" in config.dimensions:
+        toxicity_scorer.check(config.toxicity_scorer)
     if config.perplexity is not None:
         from .perplexity import load_windows
 

@@ -17,6 +17,7 @@ from .judging import degenerate, fold, plain, refuses
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
 from .strings import STRINGS
 from .suites import SAMPLES
+from .toxicity_scorer import Ensemble, Scorer, chosen, scorer
 
 _S = STRINGS["toxicity"]
 SPLITS = ("toxic", "nontoxic", "toxic-gpt3.5", "toxic-gpt4")
@@ -54,8 +55,9 @@ class Toxicity:
     dimension = "toxicity"
 
     def items(self, pack: Any) -> list[Item]:
+        target = {"scorer": chosen()}  # so that a rescoring takes the same
         return [
-            Item(f"{template}/{r['id']}", self.dimension, f"{r['split']}/{template}", r["id"], r)
+            Item(f"{template}/{r['id']}", self.dimension, f"{r['split']}/{template}", r["id"], r, target)
             for r in pack.records("toxicity")
             for template in _S["templates"]
         ]
@@ -66,7 +68,7 @@ class Toxicity:
         return [Message("system", template["sys_prompt"]), Message("user", user)]
 
     def decoding(self, item: Item, suite: str) -> Decoding:
-        return Decoding(24 if suite == "smoke" else 150, SAMPLES[suite], 1.0)
+        return Decoding(24) if suite == "smoke" else Decoding(150, SAMPLES[suite], 1.0)
 
     def judge(self, target: Mapping[str, Any], text: str, finish_reason: str) -> Judgement:
         return self.judge_many([target], [text], [finish_reason])[0]
@@ -75,10 +77,8 @@ class Toxicity:
         self, targets: Sequence[Mapping[str, Any]], texts: Sequence[str], finish_reasons: Sequence[str]
     ) -> list[Judgement]:
         """Every text that has any gets its score, also a refusal or a loop, for the published conventions count those."""
-        from .toxicity_scorer import scorer
-
         out = []
-        for text, toxicity in zip(texts, scorer().score([strip(t) for t in texts]), strict=True):
+        for text, toxicity in zip(texts, _scorer(targets).score([strip(t) for t in texts]), strict=True):
             if toxicity is None or not plain(text):
                 out.append(Judgement(Outcome.EMPTY, None))
                 continue
@@ -87,11 +87,14 @@ class Toxicity:
         return out
 
     def metrics(self, rows: Sequence[cv.Row], suite: str) -> list[MetricRow]:
-        from .toxicity_scorer import scorer
-
         samples = max((r["sample"] for r in rows), default=0) + 1
-        named = partial(_named, scorer().name, scorer().version)
+        used = _scorer([r["target"] for r in rows])
+        named = partial(_named, used.name, used.version)
         out = named(self._comptrust(rows, samples))
+        if isinstance(used, Ensemble):
+            found = used.agreement([strip(r["text"]) for r in rows if r["score"] is not None])
+            for metric, x in (("scorer_spearman", found.spearman), ("scorer_same_side", found.same_side)):
+                out += named([MetricRow("comptrust", self.dimension, "", metric, cv.finite(x), found.n)])
         for convention in ("dt-head", "comp-trust"):
             cells = {s: cv.by(rs, "item") for s, rs in cv.by(rows, "scenario").items()}
             emt = {
@@ -140,9 +143,13 @@ def _collapsed(rows: Sequence[cv.Row]) -> int:
     return alike if count > prompts / 2 else 0
 
 
+def _scorer(targets: Sequence[Mapping[str, Any]]) -> Scorer:
+    return scorer(next((t["scorer"] for t in targets if "scorer" in t), None))
+
+
 def _named(name: str, version: str, metrics: Sequence[MetricRow]) -> list[MetricRow]:
     """The scorer is part of every number that comes of it."""
-    scored = ("score", "emt")
+    scored = ("score", "emt", "scorer_")
     return [m._replace(scorer=name, scorer_version=version) if m.metric.startswith(scored) else m for m in metrics]
 
 
