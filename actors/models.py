@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -382,7 +383,12 @@ def _convert_bin(folder: Path, out: Path, progress: Progress | None) -> None:
     state: dict[str, torch.Tensor] = {}
     for done, shard in enumerate(shards):
         report("convert .bin (once)", done, len(shards))
-        state |= torch.load(shard, map_location="cpu", weights_only=True)
+        try:
+            state |= torch.load(shard, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise BadInput(
+                f"{shard} is damaged or holds more than tensors: {error}", where="model", fix="Give safetensors"
+            ) from error
     save_torch_state_dict(state, out, metadata={"format": "pt"})
     for name in ("config.json", "generation_config.json"):
         if (folder / name).exists():
