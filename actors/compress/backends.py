@@ -274,7 +274,7 @@ def run_backend(
     """Compress ``ref`` (``dense`` in memory) by another library, on the same int64 ``tokens`` [samples, seqlen].
 
     ``via`` auto: a Ray task on this node if Ray is up, else a subprocess. ``shim`` False leaves out what makes the library
-    right on a CPU; it is then refused, here or by its own checks. Layer errors are None: only the library saw the layers' inputs.
+    right on a CPU; it is then refused. Layer errors are None: only the library saw the inputs of the layers.
 
     Raises BadInput if the environment is not installed or the parameters are not the backend's, CellError if the library fails
     or its result is noise.
@@ -384,7 +384,8 @@ def _threads() -> int:
 def _run_by_subprocess(name: str, script: Path, job: dict[str, Any], work: Path, progress: Progress | None) -> None:
     (work / "job.json").write_text(json.dumps(job))
     log = work / "log.txt"
-    command = [str(environment(name) / "bin" / "python"), str(script), str(work / "job.json")]
+    # -P: the script's folder stays off its path, where gptqmodel.py would hide the package of that name.
+    command = [str(environment(name) / "bin" / "python"), "-P", str(script), str(work / "job.json")]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=work, env=_clean_environment())  # noqa: S603
         try:
