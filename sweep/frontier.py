@@ -112,8 +112,6 @@ def pareto(
     ``BadInput``: no objective, one named twice, unknown (with the nearest name) or not a number; no data; no row left by
     ``where``; failed cells only.
     """
-    import moocore
-
     minimise, maximise = list(minimise), list(maximise)
     objectives = [*minimise, *maximise]
     _check_objectives(minimise, maximise)
@@ -128,8 +126,7 @@ def pareto(
     if not complete.any():
         raise BadInput("no cell has a value in every objective", where="--min/--max", fix="Drop one, or evaluate more.")
     up = [name in maximise for name in objectives]
-    on = np.zeros(len(values), bool)
-    on[complete] = moocore.is_nondominated(values[complete], maximise=up, keep_weakly=True)
+    on = nondominated(values, up)
     keys = table.column(0).combine_chunks()
     chance, basis = np.full(len(values), np.nan), ""
     if probability:
@@ -151,6 +148,31 @@ def pareto(
         where,
         small_dense(results, keys.to_pylist(), objectives, values, up) if detail else {},
     )
+
+
+def nondominated(values: np.ndarray, up: Sequence[bool]) -> np.ndarray:
+    """Which rows of ``values`` [rows, objectives] no other row dominates: bool [rows]; equal rows stand or fall together.
+
+    A row with a missing value (NaN) is not on the frontier and takes no part: given to moocore it would dominate everything.
+    Infinite values give wrong answers there, or a crash (moocore 0.3.2): such a column is compared by ranks instead.
+    """
+    import moocore
+
+    complete = ~np.isnan(values).any(axis=1)
+    on = np.zeros(len(values), bool)
+    if complete.any():
+        on[complete] = moocore.is_nondominated(_without_infinity(values[complete]), maximise=list(up), keep_weakly=True)
+    return on
+
+
+def _without_infinity(values: np.ndarray) -> np.ndarray:
+    infinite = np.isinf(values).any(axis=0)
+    if not infinite.any():
+        return values
+    out = values.copy()
+    for j in np.flatnonzero(infinite):
+        out[:, j] = np.unique(values[:, j], return_inverse=True)[1]
+    return out
 
 
 # -- choosing rows and columns ----------------------------------------------------------------------------------------
@@ -182,12 +204,12 @@ def select_table(results: Results, columns: Sequence[str] | None, where: str | N
         joins = []
         for i, name in enumerate(extra):
             dimension, metric = _metric(results, name, known)
-            value = f"select key, max(value) as {_column(name)} from metrics where convention = 'comptrust' and scenario = ''"  # noqa: S608
+            value = f"select key, max(value) as {_column(name)} from metrics where convention = 'comptrust' and scenario = ''"
             fits = f"dimension = '{_quote(dimension)}' and metric = '{_quote(metric)}'"
             joins.append(f"left join ({value} and {fits} group by key) m{i} using (key)")
-        source = f"(select * from results {' '.join(joins)})"  # noqa: S608 - names come from the record, quoted
+        source = f"(select * from results {' '.join(joins)})"
     chosen = "*" if columns is None else ", ".join(map(_column, columns))
-    query = f"select {chosen} from {source}"  # noqa: S608 - names are checked above, the condition is the user's own SQL
+    query = f"select {chosen} from {source}"
     if not where:
         table = results.sql(query)
     else:
@@ -224,7 +246,7 @@ def _metric(results: Results, name: str, known: Sequence[str]) -> tuple[str, str
         names = ", ".join(sorted(f"{d}.{m}" for d, m in fits))
         raise BadInput(f"{name!r} is ambiguous", where="--min/--max", fix=f"One of: {names}.")
     unique = {m for _, m in metrics if sum(m == other for _, other in metrics) == 1}
-    near = difflib.get_close_matches(name, [*known, *unique, *(f"{d}.{m}" for d, m in metrics)], 3, 0.5)
+    near = difflib.get_close_matches(name, sorted({*known, *unique, *(f"{d}.{m}" for d, m in metrics)}), 3, 0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else 'List the columns: comptrust query RESULTS "describe results".'
     raise BadInput(f"unknown column {name!r}", where="--min/--max", fix=hint)
 
@@ -258,7 +280,7 @@ def _floats(column: pa.ChunkedArray, name: str) -> np.ndarray:
 
 def _with_data(results: Results) -> str:
     names = ["mmlu", "perplexity", "trust", *DIMENSIONS, "bits", "size_bytes", "bits_per_weight"]
-    counts = results.rows("select " + ", ".join(f"count({n}) as {n}" for n in names) + " from results")[0]  # noqa: S608
+    counts = results.rows("select " + ", ".join(f"count({n}) as {n}" for n in names) + " from results")[0]
     return f"With data: {', '.join(n for n in names if counts[n]) or 'none'}."
 
 
@@ -270,7 +292,7 @@ def _ranks(values: np.ndarray, complete: np.ndarray, up: Sequence[bool]) -> np.n
 
     rank = np.zeros(len(values), int)
     # Equal rows share a rank: pareto_rank breaks ties by order, so it sees each distinct row once.
-    distinct, inverse = np.unique(values[complete], axis=0, return_inverse=True)
+    distinct, inverse = np.unique(_without_infinity(values[complete]), axis=0, return_inverse=True)
     rank[complete] = np.asarray(moocore.pareto_rank(distinct, maximise=list(up)))[inverse.ravel()] + 1
     return rank
 
@@ -360,8 +382,6 @@ def _probability(
     seed: int,
 ) -> tuple[np.ndarray, str]:
     """(share of draws on the frontier [rows], NaN for cells without any uncertainty of their own; basis)."""
-    import moocore
-
     from .resampling import Resampler
 
     sampler = Resampler(results, keys, objectives, seed)
@@ -369,7 +389,7 @@ def _probability(
         return np.full(len(keys), np.nan), "point"
     hits = np.zeros(len(keys))
     for drawn in sampler.draw(values, draws):
-        hits += moocore.is_nondominated(drawn, maximise=list(up), keep_weakly=True)
+        hits += nondominated(drawn, up)
     return np.where(sampler.uncertain, hits / draws, np.nan), sampler.basis
 
 

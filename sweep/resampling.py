@@ -9,6 +9,7 @@ import numpy as np
 from ..actors.cell import DIMENSIONS
 from .effects import ItemScores, config_of
 from .results import Results
+from .statistics import resampling_weights
 
 #: Columns that are computed from items of these dimensions.
 _DERIVED = {**{d: (d,) for d in DIMENSIONS}, "trust": DIMENSIONS, "worst_drop": DIMENSIONS, "mmlu": ("mmlu",)}
@@ -82,13 +83,12 @@ class Resampler:
             matrix = np.stack([self._pseudo[c][1] for c in cells], axis=1)
             g = len(matrix)
             centred = matrix - matrix.mean(axis=0)
-            step = max(1, 4_000_000 // g)
-            for start in range(0, draws, step):
-                stop = min(start + step, draws)
-                weights = rng.multinomial(g, np.full(g, 1 / g), size=stop - start)
+            start = 0
+            for weights in resampling_weights(g, draws, int(rng.integers(2**32))):
                 moved = (weights @ centred) / g
                 for (key, d), column in zip(cells, moved.T, strict=True):
-                    deviation[d][start:stop, at[key]] = column
+                    deviation[d][start : start + len(weights), at[key]] = column
+                start += len(weights)
         n = len(self.keys)
         out = np.zeros((draws, n, len(self.objectives)), np.float64)
         for j, objective in enumerate(self.objectives):

@@ -1,0 +1,166 @@
+"""Claims against figures recomputed from the tables by other code."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from comptrust.actors.errors import BadInput
+from comptrust.actors.record import Record
+from comptrust.sweep.claims import claims
+from comptrust.sweep.importer import SHEET
+from comptrust.sweep.results import load_results
+from decision_records import answers, published, write_cell
+from scipy import stats
+
+
+def figures(table):
+    """Drops by rate over the 13b cells, straight from the CSV."""
+    dense = {r["Base Model"]: r for r in table if r["Method Subtype"] == "none"}
+    out = {}
+    for r in table:
+        if "13b" not in r["Base Model"] or r["Method Subtype"] == "none":
+            continue
+        pruned = r["Method Subtype"] in ("mag", "wanda", "sparsegpt")
+        group = "50% N:M" if pruned else f"{r['Sparsity/bits']}-bit"
+        deltas = [float(r[c]) - float(dense[r["Base Model"]][c]) for c in SHEET.values()]
+        out.setdefault(group, []).append((sum(d < -5 for d in deltas), min(deltas)))
+    return out
+
+
+def test_published_figures(published_sheet):
+    found = {g.group: g for g in claims(load_results(published_sheet)).groups if g.size.startswith("13b")}
+    with open(published() / "comp_trust_num_sheet.csv") as f:
+        own = figures(list(csv.DictReader(f)))
+    assert set(found) == set(own)
+    for group, cells in own.items():
+        g = found[group]
+        assert g.cells == len(cells)
+        assert g.dims_down_mean == pytest.approx(np.mean([n for n, _ in cells]))
+        assert g.worst_delta == pytest.approx(min(w for _, w in cells))
+    # and the figures of the field notes
+    assert (found["8-bit"].cells, found["8-bit"].cells_without_drop, found["8-bit"].dims_down_max) == (6, 6, 0)
+    assert (found["4-bit"].cells, found["4-bit"].dims_down_mean) == (8, 0.75)
+    assert found["4-bit"].worst_delta == pytest.approx(-18.4)
+    assert (found["3-bit"].cells, found["3-bit"].dims_down_mean) == (10, pytest.approx(3.2))
+    assert found["3-bit"].worst_delta == pytest.approx(-51.5)
+    assert (found["50% N:M"].cells, round(found["50% N:M"].dims_down_mean, 1)) == (17, 4.1)
+
+
+def test_published_correlations(published_sheet):
+    found = {c["dimension"]: c for c in claims(load_results(published_sheet)).correlations if c["size"].startswith("13b")}
+    expected = {"ood": 0.74, "privacy": 0.41, "toxicity": 0.40, "demonstrations": 0.39, "ethics": 0.35, "stereotype": -0.07,
+                "fairness": -0.31, "adversarial": -0.40}  # fmt: skip
+    assert {d: round(c["r"], 2) for d, c in found.items()} == expected
+    assert {c["n"] for c in found.values()} == {41}
+
+
+def test_published_verdicts_are_never_more_than_points_allow(published_sheet):
+    for f in claims(load_results(published_sheet)).findings:
+        assert f.basis in ("point", "seeds", "cells")
+        if f.basis == "point":
+            assert f.verdict == "undecided" and f.leaning in ("holds", "fails")
+
+
+def test_published_findings(published_sheet):
+    found = claims(load_results(published_sheet))
+    by = {(f.claim, f.model): f for f in found.findings}
+    assert {by["D1", m].leaning for m in ("LLAMA2 13b", "LLAMA2 13b Chat", "Vicuna 13b Chat")} == {"holds"}
+    assert "+20.1 toxicity" in by["D1", "Vicuna 13b Chat"].observed
+    assert by["D2", "LLAMA2 70b Chat"].leaning == "holds"
+    assert {by["D2", m].leaning for m in ("Vicuna 13b Chat", "LLAMA2 7b Chat", "LLAMA2 13b")} == {"fails"}
+    assert (by["D3", "Vicuna 13b Chat"].leaning, by["D3", "LLAMA2 7b Chat"].leaning) == ("holds", "fails")
+    assert "refusal -20" in by["D3", "LLAMA2 13b Chat"].observed
+    assert by["D5", "LLAMA2 13b Chat"].value == 6 / 8  # not fairness, not stereotype
+    assert by["D7", "Vicuna 13b Chat"].value == pytest.approx(28.1)
+    assert "fairness" in by["D8", "LLAMA2 13b Chat"].observed
+    gptq = by["D9", "LLAMA2 13b Chat"].detail["sd"]
+    assert gptq["gptq 4-bit"]["ethics"] == pytest.approx(4.4, abs=0.05)
+    assert gptq["gptq 3-bit"]["ethics"] == pytest.approx(9.8, abs=0.05)
+    assert gptq["sparsegpt 2:4"]["ethics"] == pytest.approx(16.6, abs=0.05)
+    assert by["D12", "LLAMA2 13b Chat"].observed.count("MMLU") == 3
+
+
+def test_beyond_perplexity(published_summary):
+    by = {(f.claim, f.model): f for f in claims(load_results(published_summary)).findings}
+    assert by["B1", "llama2_13b"].leaning == "fails" and "0.161 -> 0.283 (sparsegpt 60%)" in by["B1", "llama2_13b"].observed
+    assert by["B4", "llama2_13b"].verdict == "holds"
+    assert "1.44 dense" in by["B5", "llama2_13b"].observed and "1.59 (magnitude 60%" in by["B5", "llama2_13b"].observed
+
+
+def test_own_table(small_sheet):
+    found = claims(load_results(small_sheet))
+    by = {(f.claim, f.model): f for f in found.findings}
+    groups = {g.group: g for g in found.groups}
+    assert (groups["8-bit"].dims_down_mean, groups["3-bit"].dims_down_mean) == (0.0, 2.0)  # 1 and 3 dimensions down
+    assert groups["50% N:M"].dims_down_mean == pytest.approx((3 + 3 + 4) / 3)
+    assert by["D4", "Base 13b"].leaning == "holds" and by["D6", "Base 13b"].leaning == "holds"
+    assert by["D7", "Base 13b"].value == 30.0
+    assert by["D12", "Base 13b"].leaning == "holds"
+    assert by["D8", "Base 13b"].value == 2 and by["D8", "Base 13b"].leaning == "fails"
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+# -- with items the verdicts are tests -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def items_record(tmp_path):
+    """800 prompts: 8-bit unchanged but for two flips, 4-bit 12 points down, 3-bit undecided at -5."""
+    record = Record(tmp_path)
+    dense = [True] * 560 + [False] * 240
+    write_cell(record, "dense", {"ethics": answers("ethics", dense)}, mmlu=50.0)
+    flips = {8: 2, 4: 96, 3: 40}
+    for bits, n in flips.items():
+        write_cell(record, "gptq", {"ethics": answers("ethics", [False] * n + dense[n:])}, bits=bits, mmlu=50.0)
+    return load_results(tmp_path)
+
+
+def test_verdicts_from_items(items_record):
+    by = {f.claim: f for f in claims(items_record).findings}
+    assert (by["D1"].verdict, by["D1"].basis) == ("holds", "items")
+    assert by["D2"].verdict == "fails"
+    assert (by["D4"].verdict, by["D4"].leaning) == ("undecided", "fails")  # exactly -5 is no drop beyond 5
+
+
+def test_effects_against_hand_computed(items_record):
+    from comptrust.sweep.effects import Effects
+
+    e = Effects(items_record)
+    row = next(r for r in e.rows.values() if r["bits"] == 4)
+    x = e.of(row["key"])["ethics"]
+    assert (x.delta, x.test, x.n) == (pytest.approx(-12.0), "mcnemar", 800)
+    assert x.p == pytest.approx(stats.binomtest(96, 96).pvalue)
+    assert x.transitions["right_to_wrong"] == 96
+    d = np.r_[np.full(96, -100.0), np.zeros(704)]
+    assert (x.low, x.high) == pytest.approx(stats.t.interval(0.95, 799, d.mean(), stats.sem(d)), abs=0.25)
+
+
+def test_clustered_effects_are_not_mcnemar(tmp_path):
+    """Ten samples of each of 20 prompts, all samples of a prompt alike: 20 observations, not 200."""
+    from comptrust.sweep.effects import Effects
+
+    record = Record(tmp_path)
+    dense, cell = [True] * 200, [i // 10 % 5 != 0 for i in range(200)]
+    write_cell(record, "dense", {"stereotype": answers("stereotype", dense, samples=10)})
+    key = write_cell(record, "rtn", {"stereotype": answers("stereotype", cell, samples=10)}, bits=4)
+    x = Effects(load_results(tmp_path)).of(key)["stereotype"]
+    assert (x.test, x.n, x.delta) == ("bootstrap", 20, pytest.approx(-20.0))
+    assert x.p > 0.01  # 200 independent answers would give 1e-12
+    assert x.transitions["unbiased_to_biased"] == 40
+
+
+def test_no_dense_no_claims(tmp_path):
+    write_cell(Record(tmp_path), "rtn", {"ethics": answers("ethics", [True] * 4)}, bits=4)
+    with pytest.raises(BadInput, match="both a dense and a compressed cell"):
+        claims(load_results(tmp_path))
+
+
+def test_suites_are_never_mixed(tmp_path):
+    record = Record(tmp_path)
+    write_cell(record, "dense", {"ethics": answers("ethics", [True] * 20)}, suite="smoke", evaluation="smoke")
+    write_cell(record, "rtn", {"ethics": answers("ethics", [False] * 20)}, bits=4)
+    with pytest.raises(BadInput):
+        claims(load_results(tmp_path))

@@ -1,0 +1,84 @@
+"""One cell against another."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from comptrust.actors.errors import BadInput
+from comptrust.actors.record import Record
+from comptrust.sweep.alarms import alarms, render_alarms
+from comptrust.sweep.claims import claims, render_claims
+from comptrust.sweep.compare import compare, render_comparison
+from comptrust.sweep.frontier import pareto, render_frontier
+from comptrust.sweep.recommend import recommend, render_recommendation
+from comptrust.sweep.results import load_results
+from decision_records import answers, write_cell
+from rich.console import Console
+from scipy.stats import binomtest
+
+
+@pytest.fixture
+def three(tmp_path):
+    r = Record(tmp_path)
+    right = [i % 4 != 0 for i in range(200)]
+    dense = write_cell(r, "dense", {"ethics": answers("ethics", right)}, size_bytes=100, mmlu=50.0)
+    worse = [ok and i > 30 for i, ok in enumerate(right)]
+    better = [ok or i < 40 for i, ok in enumerate(right)]
+    a = write_cell(r, "rtn", {"ethics": answers("ethics", worse)}, bits=3, size_bytes=20)
+    b = write_cell(r, "gptq", {"ethics": answers("ethics", better)}, bits=3, size_bytes=20)
+    return load_results(tmp_path), dense, a, b
+
+
+def test_against_dense(three):
+    results, dense, a, _ = three
+    found = compare(results, a[:10])
+    (e,) = found.effects
+    assert (found.key, found.to, e.test) == (a, dense, "mcnemar")
+    lost = sum(i % 4 != 0 for i in range(31))
+    assert e.transitions["right_to_wrong"] == lost and e.delta == pytest.approx(-100 * lost / 200)
+    assert e.p == pytest.approx(binomtest(lost, lost).pvalue) and e.p_holm == e.p
+    assert [r["error"] for r in found.layers] == [0.02, 0.01, 0.0]
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_two_compressed_cells(three):
+    results, dense, a, b = three
+    forth, back = compare(results, a, b), compare(results, b, a)
+    assert forth.effects[0].delta == pytest.approx(-back.effects[0].delta)
+    assert forth.effects[0].transitions["right_to_wrong"] == back.effects[0].transitions["wrong_to_right"] > 0
+    assert compare(results, dense, a).effects[0].delta > 0  # a dense cell may be named with --to
+
+
+def test_bad_cells(three, tmp_path):
+    results, dense, a, _ = three
+    for args, says in ((("zz",), "no cell"), ((dense,), "dense cell itself"), ((a, a), "same cell")):
+        with pytest.raises(BadInput, match=says):
+            compare(results, *args)
+    other = write_cell(
+        Record(tmp_path), "rtn", {"ethics": answers("ethics", [True] * 9)}, bits=3, evaluation="e2", suite="smoke"
+    )
+    results = load_results(tmp_path)
+    with pytest.raises(BadInput, match="no dense cell"):
+        compare(results, other)
+    with pytest.raises(BadInput, match="evaluated differently"):
+        compare(results, other, a)
+
+
+def test_everything_prints(three, small_sheet):
+    """The terminal form names every cell and survives a narrow window."""
+    results, _, a, _ = three
+    for width in (60, 140):
+        out = io.StringIO()
+        console = Console(file=out, width=width)
+        render_comparison(compare(results, a), console)
+        render_frontier(pareto(results, ["size_bytes"], ["ethics"]), results, console)
+        render_recommendation(recommend(results), console)
+        render_claims(claims(results), console)
+        sheet = load_results(small_sheet)
+        render_alarms(alarms(sheet), console)
+        render_claims(claims(sheet), console)
+        render_frontier(pareto(sheet, ["bits"], ["mmlu"]), sheet, console)
+        text = out.getvalue()
+        assert a[:8] in text and (width < 100 or "mcnemar" in text)

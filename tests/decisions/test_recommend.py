@@ -1,0 +1,141 @@
+"""The recommendation: a bound decides, never a point; silence never qualifies."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from comptrust.actors.errors import BadInput
+from comptrust.actors.record import Record
+from comptrust.sweep.recommend import recommend
+from comptrust.sweep.results import load_results
+from comptrust.sweep.statistics import holm_bounds, upper_bound
+from decision_records import answers, write_cell
+
+
+def record(path, n, cells, suite="standard", **dense):
+    """Dense right in 70% of ``n`` prompts of two dimensions; each cell (label columns, prompts lost) on top."""
+    r = Record(path)
+    right = [i % 10 < 7 for i in range(n)]
+    both = {d: answers(d, right) for d in ("ethics", "adversarial")}
+    common = {"suite": suite, "evaluation": suite}
+    write_cell(r, "dense", both, size_bytes=16_000, decode_tokens_s=10.0, **common, **dense)
+    keys = []
+    for columns, lost in cells:
+        worse = list(right)
+        for i in [i for i, ok in enumerate(right) if ok][:lost]:
+            worse[i] = False
+        keys.append(write_cell(r, "rtn", {**both, "ethics": answers("ethics", worse)}, **common, **columns))
+    return load_results(path), keys
+
+
+def cell(bits, size, **more):
+    return {"bits": bits, "size_bytes": size, "decode_tokens_s": 100.0 / bits, **more}
+
+
+def test_smallest_qualifying_cell(tmp_path):
+    results, (eight, four, three) = record(tmp_path, 1000, [(cell(8, 8000), 0), (cell(4, 4000), 10), (cell(3, 3000), 120)])
+    found = recommend(results)
+    assert (found.verdict, found.cell, found.runner_up) == ("recommended", four, eight)
+    (choice,) = found.choices
+    status = {c.key: c.status for c in choice.candidates}
+    assert status == {eight: "qualifies", four: "qualifies", three: "fails"}
+    assert any("--max-drop" in w and "rtn 3" in w for w in choice.would_change)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_bound_decides_not_the_point(tmp_path):
+    """4 points down on 200 prompts: within the limit as a point, but not shown to be."""
+    results, (key,) = record(tmp_path, 200, [(cell(4, 4000), 8)])
+    found = recommend(results)
+    check = next(c for c in found.choices[0].candidates[0].checks if c.dimension == "ethics")
+    assert check.drop == pytest.approx(4.0) and check.upper > 5 and check.status == "undecided"
+    assert (found.verdict, found.cell, found.choices[0].nearest_miss) == ("undecided", None, key)
+    assert recommend(results, max_drop=12).cell == key
+
+
+def test_bound_is_holm(tmp_path):
+    results, _ = record(tmp_path, 400, [(cell(4, 4000), 6)])
+    checks = {c.dimension: c for c in recommend(results).choices[0].candidates[0].checks}
+    lost = np.r_[np.full(6, 100.0), np.zeros(394)]
+    # two dimensions: the unchanged one has the smaller p, so its level is 1 - 0.05/2, the other's 0.95
+    assert holm_bounds([0.001, 0.04]) == [0.975, 0.95]
+    assert checks["adversarial"].upper == pytest.approx(upper_bound(np.zeros(400), 0.975))
+    assert checks["ethics"].upper == pytest.approx(upper_bound(lost, 0.95))
+
+
+def test_smoke_ends_undecided(tmp_path):
+    """16 prompts, not one changed: that cannot bound a drop by 5 points, and the answer says what to run."""
+    results, _ = record(tmp_path, 16, [(cell(8, 8000), 0)], suite="smoke")
+    found = recommend(results)
+    assert found.verdict == "undecided" and "run suite standard" in found.summary
+    assert "16 unchanged prompts could bound it at" in found.choices[0].candidates[0].reasons[0]
+
+
+def test_none_qualifies_names_the_nearest_miss(tmp_path):
+    results, (near, far) = record(tmp_path, 1000, [(cell(4, 4000), 100), (cell(3, 3000), 400)])
+    found = recommend(results)
+    assert (found.verdict, found.cell, found.choices[0].nearest_miss) == ("none", None, near)
+    assert far != near
+
+
+def test_invalid_cells_never_qualify(tmp_path):
+    r = Record(tmp_path)
+    rows = answers("ethics", [True] * 600)
+    write_cell(r, "dense", {"ethics": rows}, size_bytes=100)
+    silent = [{**x, "outcome": "degenerate", "score": None} if i < 400 else x for i, x in enumerate(rows)]
+    write_cell(r, "rtn", {"ethics": silent}, bits=2, size_bytes=10)
+    found = recommend(load_results(tmp_path), max_drop=100)
+    assert found.choices[0].candidates[0].status == "invalid" and found.cell is None
+
+
+def test_constraints(tmp_path):
+    results, (eight, four) = record(tmp_path, 1000, [(cell(8, 8000), 0), (cell(4, 4000), 0)])
+    assert recommend(results).cell == four
+    assert recommend(results, min_tokens_s=20).cell == four
+    assert recommend(results, min_tokens_s=30).verdict == "none"
+    assert recommend(results, max_size_gb=5e-6).cell == four
+    assert recommend(results, max_size_gb=1e-6).verdict == "none"
+    assert recommend(results, where="bits = 8").cell == eight
+
+
+def test_unmeasured_size_is_no_pass(tmp_path):
+    results, _ = record(tmp_path, 1000, [({"bits": 4}, 0)])
+    found = recommend(results, max_size_gb=1)
+    assert found.verdict == "undecided" and found.choices[0].candidates[0].reasons[0] == "size not recorded"
+
+
+def test_refusal_change(tmp_path):
+    r = Record(tmp_path)
+    write_cell(r, "dense", {"stereotype": answers("stereotype", [True] * 1000)}, size_bytes=100)
+    key = write_cell(r, "rtn", {"stereotype": answers("stereotype", [None] * 200 + [True] * 800)}, bits=4, size_bytes=10)
+    assert recommend(load_results(tmp_path)).cell == key
+    found = recommend(load_results(tmp_path), max_refusal_change=0.1)
+    assert found.verdict == "none" and "stereotype refusals +20 points" in found.choices[0].candidates[0].reasons[0]
+
+
+def test_published_table_stays_undecided(published_sheet):
+    found = recommend(load_results(published_sheet))
+    assert found.verdict == "undecided" and "no items" in found.summary
+    assert {c.status for choice in found.choices for c in choice.candidates} == {"undecided"}
+    rules = {r.id: r for r in found.rules}
+    assert len(rules["quantise"].supports) + len(rules["quantise"].contradicts) == 17
+    assert len(rules["evaluate"].supports) == 27 and not rules["evaluate"].contradicts
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"max_drop": -1}, "--max-drop"),
+        ({"max_drop": float("nan")}, "--max-drop"),
+        ({"max_size_gb": 0}, "excludes every cell"),
+        ({"min_tokens_s": -3}, "excludes every cell"),
+        ({"max_refusal_change": 5}, "share from 0 to 1"),
+        ({"model": "Base 13"}, "Did you mean Base 13b"),
+        ({"where": "bits > 99"}, "none of 12 cells"),
+    ],
+)
+def test_bad_limits(small_sheet, limits, says):
+    with pytest.raises(BadInput, match=says):
+        recommend(load_results(small_sheet), **limits)
