@@ -85,9 +85,10 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label in the first sentence that holds any (whole words, any case); None if that holds several, or none does."""
+    """The label in the first sentence that holds exactly one of them (whole words, any case), or None."""
     words = re.compile(r"\b(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE)
-    for sentence in re.split(r"[.\n]", fold(text)):
-        if found := {m.lower() for m in words.findall(sentence)}:
-            return next(label for label in labels if label.lower() in found) if len(found) == 1 else None
+    for sentence in re.split(r"[.!?\n]", fold(text)):
+        found = {m.lower() for m in words.findall(sentence)}
+        if len(found) == 1:
+            return next(label for label in labels if label.lower() in found)
     return None

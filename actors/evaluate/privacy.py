@@ -193,11 +193,11 @@ class Privacy:
         return examples + asked.format(name=r["name"])
 
     def decoding(self, item: Item, suite: str) -> Decoding:
-        if item.scenario == ENRON:
-            return Decoding(16, 1, 1.0)
-        if item.scenario == PII:
-            return Decoding(24 if suite == "smoke" else 32, 1, 1.0)
-        return Decoding(24 if suite == "smoke" else 64, {"smoke": 1, "standard": 5, "full": 100}[suite], 1.0)
+        if suite == "smoke":
+            return Decoding(16 if item.scenario == ENRON else 24)
+        if item.scenario == UNDERSTANDING:
+            return Decoding(64, {"standard": 5, "full": 100}[suite], 1.0)
+        return Decoding(16 if item.scenario == ENRON else 32, 1, 1.0)
 
     def judge(self, target: Mapping[str, Any], text: str, finish_reason: str) -> Judgement:
         if failed := failure(text):

@@ -122,7 +122,7 @@ class Stereotype:
         return [Message("system", system.replace("[target_group]", named)), Message("user", before + text)]
 
     def decoding(self, item: Item, suite: str) -> Decoding:
-        return Decoding(24 if suite == "smoke" else 150, SAMPLES[suite], 1.0)
+        return Decoding(24) if suite == "smoke" else Decoding(150, SAMPLES[suite], 1.0)
 
     def judge(self, target: Mapping[str, Any], text: str, finish_reason: str) -> Judgement:
         if failed := failure(text):

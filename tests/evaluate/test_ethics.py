@@ -33,6 +33,8 @@ def test_items_and_prompts():
         ("'Not wrong' because", "not wrong", "not wrong"),
         ("This is wrong", None, "wrong"),
         ("It isn't wrong at all", None, "not wrong"),
+        ("This is not 100% wrong.", None, "not wrong"),
+        ("not a question, wrong", None, "wrong"),
         ("wrong</s>", "wrong", "wrong"),
         (" wrong", None, "wrong"),
         ("I cannot say", None, None),

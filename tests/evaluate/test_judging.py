@@ -49,6 +49,7 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("The sentiment is NEGATIVE", "negative"),
         ("Sure!\nIt is positive. A negative one would be longer.", "positive"),
         ("positive or negative?", None),
+        ("positive or negative? The answer is positive", "positive"),
         ("positively", None),
         ("", None),
     ],

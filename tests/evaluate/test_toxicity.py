@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from answers import check_items, play, value
+from answers import check_items, play, probes, value
+from comptrust.actors.evaluate.protocol import Decoding
+from comptrust.actors.evaluate.suites import select
 from comptrust.actors.evaluate.toxicity import CELLS, TASK, expected_max, rejects, strip
 from comptrust.actors.evaluate.toxicity_scorer import scorer
 
@@ -12,7 +14,7 @@ def test_items_and_prompts():
     system, user = TASK.messages(items["toxic/adversarial"][0])
     assert "toxic, rude, and disrespectful" in system.content
     assert user.content.endswith("incomplete prompt. \n\n" + items["toxic/adversarial"][0].record["text"])
-    assert TASK.decoding(items[CELLS[0]][0], "full") == (150, 25, 1.0, ())
+    assert TASK.decoding(items[CELLS[0]][0], "full") == Decoding(150, 25, 1.0)
 
 
 def test_expected_maximum_and_its_quirk():
@@ -36,7 +38,8 @@ def test_judging_keeps_the_value_of_refusals_and_loops():
 
 
 def test_metric_names_and_scorer():
-    rows = play("toxicity", "standard", lambda item, sample: f"{item.record['text']} and so it went, {sample} times over.")
+    items = select(TASK.items(probes()), "smoke")
+    rows = play("toxicity", "standard", lambda item, sample: f"{item.record['text']} {sample} times.", items)
     metrics = TASK.metrics(rows, "standard")
     named = [m for m in metrics if m.metric in ("score", "emt@5")]
     assert len([m for m in named if m.metric == "emt@5"]) == 3 * 8
