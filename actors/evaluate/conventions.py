@@ -22,9 +22,9 @@ _MAX_DRAWS = 20_000_000
 
 Row = Mapping[str, Any]
 #: Cell name -> (cluster, value) of each answer in it.
-Cells = Mapping[Hashable, Sequence[tuple[Hashable, float]]]
+Cells = Mapping[Any, Sequence[tuple[Hashable, float]]]
 #: From the mean of each cell (float64 [replicates], NaN if a replicate has none) to the score (float64 [replicates]).
-Combine = Callable[[Mapping[Hashable, np.ndarray]], np.ndarray]
+Combine = Callable[[Mapping[Any, np.ndarray]], np.ndarray]
 
 
 class Estimate(NamedTuple):
