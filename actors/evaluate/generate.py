@@ -1,9 +1,9 @@
 """Answers and likelihoods from a causal language model: batched, shared prefixes computed once, the same for any batch size.
 
-Prefill runs in packs without padding (``packing.py``); decoding runs rows of similar length side by side and drops them as they
-end. Greedy answers take the largest logit. Sampled answers take argmax(logit / temperature + Gumbel noise), an exact draw from
-the softmax (Gumbel-max), the noise being a pure function of (seed, item, sample, step): no batch, order or device changes it,
-and a compressed model meets the same noise as its dense one, which makes their comparison sharper.
+Prefill runs in packs without padding (``packing.py``); in decoding, rows that end make room for the next ones. Greedy answers
+take the largest logit. Sampled answers take argmax(logit / temperature + Gumbel noise), an exact draw from the softmax
+(Gumbel-max), the noise being a pure function of (seed, item, sample, step): no batch, order or device changes it, and a compressed
+model meets the same noise as its dense one, which makes their comparison sharper.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from .protocol import Decoding
 
 #: Below this difference of the two best scores (nats), rounding may decide: such answers are counted, not trusted to be equal.
 NEAR_TIE = 1e-4
-#: Prefill tokens of a pack for each row of a batch.
-PACK_TOKENS = 32
+#: New tokens of a pack: so many for each row of a batch, within these bounds. On a CPU a larger pack loses more in attention
+#: (each token is multiplied with all others of the pack, seen or not) than it gains in the linear layers.
+PACK_TOKENS, PACK_BOUNDS = 32, {"cpu": (64, 256), "cuda": (64, 4096)}
+#: Share of a batch that must have ended before its keys and values are moved together and new rows taken in.
+RENEW = 0.25
+#: Memory for keys and values of a batch: bytes on a CPU, share of free memory on a GPU.
+CPU_KEYS_VALUES, GPU_KEYS_VALUES = 768 * 2**20, 0.4
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
 
 
@@ -67,7 +72,8 @@ class _Row:
     item: str
     sample: int
     cache: SlotCache
-    path: np.ndarray  # slots of the prompt in ``cache``
+    row: int  # in ``cache``
+    path: np.ndarray  # slots in ``cache`` of all its tokens but the last
     tokens: list[int] = field(default_factory=list)
     margin: float = float("inf")
 
@@ -98,7 +104,7 @@ class Generator:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.config = model.config.get_text_config()
         self.device = model.get_input_embeddings().weight.device
-        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 64)
+        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 128)
         self.stats = Stats()
         self.limit = getattr(self.config, "max_position_embeddings", None)
         self.ends = _end_tokens(model, tokenizer)
@@ -135,23 +141,22 @@ class Generator:
 
         def run(batch_size: int) -> None:
             left = [s for s in of if any(missing(s))]
-            waiting: list[_Row] = []
-            for sequences, cache, paths, logits_KV in self._prefill(left, [len(s) - 1 for s in left], batch_size):
-                fresh = [
-                    (_Row(slot, prompts[i].id, sample, cache, paths[k]), k)
-                    for k, s in enumerate(sequences)
-                    for slot, i, sample in missing(s)
-                ]
-                for start in range(0, len(fresh), batch_size):
-                    part = fresh[start : start + batch_size]
-                    waiting += self._step([r for r, _ in part], logits_KV[[k for _, k in part]], decoding, answers)
-                while len(waiting) >= batch_size:
-                    waiting.sort(key=lambda r: len(r.path))
-                    self._decode(waiting[-batch_size:], decoding, answers)
-                    del waiting[-batch_size:]
-            waiting.sort(key=lambda r: len(r.path))
-            if waiting:
-                self._decode(waiting, decoding, answers)
+
+            def begun() -> Iterator[_Row]:
+                """Rows that have their first token and want more, longest prompts of a pack first; packs run as rows are taken."""
+                for sequences, cache, paths, logits_KV in self._prefill(left, [len(s) - 1 for s in left], batch_size):
+                    fresh = [
+                        (_Row(slot, prompts[i].id, sample, cache, 0, paths[k]), k)
+                        for k, s in enumerate(sequences)
+                        for slot, i, sample in missing(s)
+                    ]
+                    going = []
+                    for start in range(0, len(fresh), batch_size):
+                        part = fresh[start : start + batch_size]
+                        going += self._step([r for r, _ in part], logits_KV[[k for _, k in part]], decoding, answers)
+                    yield from sorted(going, key=lambda r: -len(r.path))
+
+            self._decode(begun(), batch_size, decoding, answers)
 
         self._within_memory(run)
         self.stats.near_ties += sum(a.margin < NEAR_TIE for a in answers)  # type: ignore[union-attr]
@@ -196,37 +201,47 @@ class Generator:
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _decode(self, rows: list[_Row], decoding: Decoding, answers: list[Answer | None]) -> None:
-        """Continue rows to their ends, all together."""
-        start = time.perf_counter()
-        cache = SlotCache.gather([(r.cache, r.path) for r in rows], decoding.max_new_tokens)
-        lengths_B = torch.tensor([len(r.path) for r in rows], device=self.device)
-        filled = int(lengths_B.max())
-        batch: list[_Row | None] = list(rows)
-        while rows:
+    def _decode(self, begun: Iterator[_Row], batch_size: int, decoding: Decoding, answers: list[Answer | None]) -> None:
+        """Continue all rows to their ends, at most ``batch_size`` at once."""
+        batch: list[_Row] = []  # places in the cache; rows that ended keep theirs until the batch is renewed
+        rows: list[_Row] = []  # those still going
+        next_row = next(begun, None)
+        while rows or next_row:
+            if len(rows) <= (1 - RENEW) * len(batch):
+                while next_row and len(rows) < batch_size and self._fits([*rows, next_row], decoding):
+                    rows.append(next_row)
+                    next_row = next(begun, None)
+                batch = list(rows)
+                cache = SlotCache.gather([(r.cache, r.row, r.path) for r in rows], decoding.max_new_tokens)
+                filled = max(len(r.path) for r in rows)
+                lengths_B = torch.tensor([len(r.path) for r in rows], device=self.device)
+                for i, r in enumerate(rows):
+                    r.cache, r.row, r.path = cache, i, np.arange(filled - len(r.path), filled)
+            start = time.perf_counter()
             slots_N = torch.arange(filled + 1, device=self.device)
-            seen_BN = slots_N >= (filled - lengths_B).unsqueeze(1)
             logits_B1V = self._forward(
-                torch.tensor([[r.tokens[-1] if r else 0] for r in batch], device=self.device),
+                torch.tensor([[r.tokens[-1]] for r in batch], device=self.device),
                 lengths_B.unsqueeze(1),
-                seen_BN[:, None, None],
+                (slots_N >= (filled - lengths_B).unsqueeze(1))[:, None, None],
                 (filled - slots_N)[None, None, None],
                 cache,
                 torch.zeros(1, dtype=torch.long, device=self.device),
             )
-            self.stats.decode_tokens += len(rows)
             lengths_B, filled = lengths_B + 1, filled + 1
-            alive = [i for i, r in enumerate(batch) if r]
-            logits_BV = logits_B1V[:, 0] if len(alive) == len(batch) else logits_B1V[alive, 0]
-            rows = self._step(rows, logits_BV, decoding, answers)
-            going = {id(r) for r in rows}
-            batch = [r if id(r) in going else None for r in batch]
-            if rows and len(rows) <= 0.75 * len(batch):
-                index = torch.tensor([i for i, r in enumerate(batch) if r], device=self.device)
-                lengths_B = lengths_B[index]
-                drop = filled - int(lengths_B.max())
-                cache, filled, batch = cache.keep(index, drop), filled - drop, list(rows)
-        self.stats.decode_s += time.perf_counter() - start
+            for r in rows:
+                r.path = np.append(r.path, filled - 1)
+            self.stats.decode_tokens += len(rows)
+            rows = self._step(rows, logits_B1V[[r.row for r in rows], 0], decoding, answers)
+            self.stats.decode_s += time.perf_counter() - start
+
+    def _fits(self, rows: list[_Row], decoding: Decoding) -> bool:
+        """Whether the keys and values of these rows, padded to the longest, stay within the memory set aside; one row always does."""
+        if self.device.type == "cuda":
+            limit = GPU_KEYS_VALUES * torch.cuda.mem_get_info(self.device)[0]
+        else:
+            limit = CPU_KEYS_VALUES
+        slots = max(len(r.path) for r in rows) + decoding.max_new_tokens
+        return len(rows) == 1 or len(rows) * slots * rows[-1].cache.bytes_a_slot <= limit
 
     # -- likelihoods --------------------------------------------------------------------------------------------------
 
@@ -268,7 +283,8 @@ class Generator:
     ) -> Iterator[tuple[list[tuple[int, ...]], SlotCache, list[np.ndarray], torch.Tensor]]:
         """(sequences, cache, slots of each sequence, logits [K, V] of the last position each; ``every``: from ``first`` on)."""
         before: SlotCache | None = None
-        for pack in packs(sequences, first, max(64, PACK_TOKENS * batch_size)):
+        low, high = PACK_BOUNDS["cpu" if self.device.type == "cpu" else "cuda"]
+        for pack in packs(sequences, first, min(high, max(low, PACK_TOKENS * batch_size))):
             start = time.perf_counter()
             base = len(pack.base)
             before = cache = SlotCache.extend(before, pack.base, base + pack.size)

@@ -132,30 +132,25 @@ class SlotCache(Cache):
         """One row that begins with ``slots`` of ``source`` and has room for ``capacity`` in all."""
         if source is None or not len(slots):
             return cls(capacity=capacity)
-        return cls.gather([(source, slots)], capacity - len(slots))
+        return cls.gather([(source, 0, slots)], capacity - len(slots))
 
     @classmethod
-    def gather(cls, rows: Sequence[tuple[SlotCache, np.ndarray]], room: int) -> SlotCache:
-        """A batch of rows, each the given slots of its source, right-aligned; ``room`` more slots follow. Padding is zero."""
-        lengths = [len(slots) for _, slots in rows]
-        longest, layers = max(lengths), []
+    def gather(cls, rows: Sequence[tuple[SlotCache, int, np.ndarray]], room: int) -> SlotCache:
+        """A batch of (source, its row, its slots), each right-aligned; ``room`` more slots follow. Padding is zero."""
+        longest, layers = max(len(slots) for *_, slots in rows), []
         for i, like in enumerate(rows[0][0].layers):
             heads = like.keys.shape[1]
             keys = like.keys.new_empty((len(rows), heads, longest + room, like.keys.shape[3]))
             values = like.values.new_empty((len(rows), heads, longest + room, like.values.shape[3]))
-            for r, (source, slots) in enumerate(rows):
+            for r, (source, row, slots) in enumerate(rows):
                 index, pad = torch.from_numpy(slots).to(keys.device), longest - len(slots)
                 for target, origin in ((keys, source.layers[i].keys), (values, source.layers[i].values)):
                     target[r, :, :pad] = 0  # masked, but 0 x NaN is NaN
-                    target[r, :, pad:longest] = origin[0].index_select(1, index)
+                    target[r, :, pad:longest] = origin[row].index_select(1, index)
             layers.append(Slots(longest + room, keys, values, longest))
         return cls(layers)
 
-    def keep(self, rows: torch.Tensor, drop: int) -> SlotCache:
-        """The given rows without their first ``drop`` slots."""
-        out = []
-        for layer in self.layers:
-            index = rows.to(layer.keys.device)
-            keys, values = layer.keys[:, :, drop:].index_select(0, index), layer.values[:, :, drop:].index_select(0, index)
-            out.append(Slots(layer.capacity - drop, keys, values, layer.filled - drop))
-        return SlotCache(out)
+    @property
+    def bytes_a_slot(self) -> int:
+        """Of keys and values of one row, over all layers."""
+        return sum(t[0, :, 0].nbytes for layer in self.layers for t in (layer.keys, layer.values))
