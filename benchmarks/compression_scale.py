@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 #: hidden, intermediate, heads, key-value heads, layers of the whole model
 SHAPES = {
-    "tiny": (256, 688, 4, 4, 8),
+    "tiny": (256, 704, 4, 4, 8),
     "7b": (4096, 11008, 32, 32, 32),
     "13b": (5120, 13824, 40, 40, 40),
     "70b": (8192, 28672, 64, 8, 80),

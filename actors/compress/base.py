@@ -176,11 +176,11 @@ class Inputs:
 
     names: list[str]
     outs: list[int]  # outputs of each linear, in the order they are stacked along O
-    gram: Tensor | None = None  # [I, I] float32: X'X
-    norm: Tensor | None = None  # [I] float32: ||X_i||_2
-    mean_abs: Tensor | None = None  # [I] float32
-    max_abs: Tensor | None = None  # [I] float32
-    sketch: Tensor | None = None  # [I, K] float32: X'S with random signs, E[sketch sketch'] = X'X
+    gram: Any = None  # Tensor [I, I] float32: X'X
+    norm: Any = None  # Tensor [I] float32: ||X_i||_2
+    mean_abs: Any = None  # Tensor [I] float32
+    max_abs: Any = None  # Tensor [I] float32
+    sketch: Any = None  # Tensor [I, K] float32: X'S with random signs, E[sketch sketch'] = X'X
     fold: Any = None  # structure.Fold: where an input scale can vanish; None: nowhere
     context: Any = None  # what the method's `prepare` returned
 
@@ -194,13 +194,13 @@ class MethodSpec:
     needs_calibration: bool = False
     backend: str = "comptrust"
     #: (W_OI float32, inputs, config) -> Solution; None for methods that replace modules.
-    solve: Callable[[Tensor, Inputs, Any], Solution] | None = None
+    solve: Any = None
     #: config -> names of the fields of `Inputs` it needs
     statistics: Callable[[Any], set[str]] = lambda config: set()
     #: (linear, config) -> module that takes its place, made before calibration
-    replace: Callable[[nn.Linear, Any], nn.Module] | None = None
+    replace: Any = None
     #: (model, linears by name, config, tokens, device, progress) -> context, before the first block
-    prepare: Callable[..., Any] | None = None
+    prepare: Any = None
     folds: bool = False  # the method scales inputs and wants the scales folded away
     format: str = "int"  # StoredLinear.format of what has codes
     #: (config, inputs of the widest linear) -> calibration tokens it needs at least

@@ -241,7 +241,7 @@ class BlockPass:
             for k in [0] if share else range(len(self.groups)):
                 self.solve_by_chunks(k)
             if not last:
-                cell.hidden = [self.forward(i, (), None).to(h.device) for i, h in enumerate(cell.hidden)]
+                cell.hidden = [self.forward(i, (), lambda k, X: None).to(h.device) for i, h in enumerate(cell.hidden)]
         for group, names, scale_I in self.folds:
             fold_scale(cell.stored, self.block, self.prefix, group.fold, names, scale_I)
 
@@ -270,7 +270,7 @@ class BlockPass:
             self.solve(k, accumulators[k])
 
     def forward(
-        self, chunk: int, at: Sequence[int], seen: Callable[[int, Tensor], None] | None, *, stop: bool = False
+        self, chunk: int, at: Sequence[int], seen: Callable[[int, Tensor], Any], *, stop: bool = False
     ) -> Tensor | None:
         """A chunk through the block, ``seen(k, input)`` at groups ``at``; ``stop``: no further than the last of them (None)."""
 
@@ -331,7 +331,7 @@ class BlockPass:
     def solve(self, k: int, accumulators: dict[Key, Statistics]) -> None:
         group, cell = self.groups[k], self.cell
         for config, names in self.parts(k):
-            linears = [self.block.get_submodule(n) for n in names]
+            linears: list[Any] = [self.block.get_submodule(n) for n in names]
             inputs = Inputs(
                 [self.prefix + n for n in names],
                 [m.out_features for m in linears],

@@ -308,7 +308,7 @@ def producer_scale(fold: Fold, scale_I: Tensor) -> Tensor:
 
 def apply_fold(block: nn.Module, fold: Fold, scale_I: Tensor) -> None:
     """Divide the output of the producer by ``scale_I``, on new parameters."""
-    module = block.get_submodule(fold.producer)
+    module: Any = block.get_submodule(fold.producer)
     dtype, scale = module.weight.dtype, producer_scale(fold, scale_I)
     if fold.kind == "linear":
         weight = module.weight.float() / scale[:, None]
