@@ -38,7 +38,37 @@ def weight(shape, format, *, dtype=torch.float32, group_size=32, seed=0, sparsit
     return W + 0.0, {"scale": scale, "zero": zero if zero_point else None, "group_size": group_size}
 
 
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the float64 reference; infinite if anything is not finite."""
-    got, want = got.double(), want.double()
-    return float((got - want).norm() / want.norm()) if torch.isfinite(got).all() else float("inf")
+def error(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor) -> float:
+    """Norm of y - x W^T in float64 over the norm of |x| |W|^T: what rounding can do, also where a sum cancels.
+
+    ``W`` is dense with its zeros, so a kernel that ignores the pattern is wrong by order one. Infinite if anything is not finite.
+    """
+    x, W = x.double().cpu(), W.double().cpu()
+    off = (y.double().cpu() - x @ W.T).norm() / (x.abs() @ W.abs().T).norm()
+    return float(off) if torch.isfinite(off) else float("inf")
+
+
+#: Bounds of ``error``: one rounding of the result to 16 bits (2^-11, 2^-8) and of some weights, averaged by the norm.
+BOUND = {"torch.float16": 3e-4, "torch.bfloat16": 3e-3}
+
+
+def probes(columns: int, shifts: int):
+    """Weights with a single one in every row, at a column that moves with the row, and the x that tells every column apart.
+
+    Yields (W, x, the exact result): any slip of an index changes a value, and all values are exact in 16 bits.
+    """
+    x = torch.tensor([(k % 64 + 1.0) * (-1.0) ** (k // 64) * 2.0 ** (k // 128) for k in range(columns)], dtype=torch.float16)[
+        None
+    ]
+    assert x.unique().numel() == columns
+    n = torch.arange(columns + 5)
+    for shift in range(0, columns, columns // shifts):
+        W = torch.zeros(len(n), columns, dtype=torch.float16)
+        at = (5 * n + shift) % columns
+        W[n, at] = 1
+        yield W, x, x[:, at]
+
+
+def identity_scale(rows: int, format: str) -> dict:
+    """Arguments under which a 1 is on the grid of an integer format."""
+    return {"scale": torch.ones(rows, 1).half(), "zero": torch.ones(rows, 1)} if format in BITS else {}

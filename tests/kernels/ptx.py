@@ -356,6 +356,10 @@ class Block:
             self._binary(lambda x, y: x * y)(op, parts, kind, width, a, mask)
         elif parts[1] == "wide":
             self.put(a[0], self._wide(kind, a), mask)
+        elif parts[1] == "hi":
+            self.put(a[0], (self._wide(kind, a) >> U64(32)).astype(U32), mask)
+        elif parts[1] != "lo":
+            raise NotImplementedError(op)
         else:
             self._binary(lambda x, y: x * y)(op, parts, kind, width, a, mask)
 
@@ -369,6 +373,8 @@ class Block:
     def op_mad(self, op, parts, kind, width, a, mask):
         if parts[1] == "wide":
             self.put(a[0], self._wide(kind, a) + self.get(a[3], 64), mask)
+        elif parts[1] != "lo":
+            raise NotImplementedError(op)
         else:
             self.put(a[0], self.get(a[1], width) * self.get(a[2], width) + self.get(a[3], width), mask)
 
@@ -400,9 +406,26 @@ class Block:
             self._shift(lambda n: value >> n.astype(value.dtype), width, a, mask)
 
     def op_bfe(self, op, parts, kind, width, a, mask):
-        if kind != "u32":
+        start, length = int(a[2], 0), int(a[3], 0)
+        if kind == "s32":
+            self.put(a[0], ((self.get(a[1]) << U32(32 - start - length)).view(np.int32) >> (32 - length)).view(U32), mask)
+        elif kind == "u32":
+            self.put(a[0], (self.get(a[1]) >> U32(start)) & U32((1 << length) - 1), mask)
+        else:
             raise NotImplementedError(op)
-        self.put(a[0], (self.get(a[1]) >> self.get(a[2])) & ((U32(1) << self.get(a[3])) - U32(1)), mask)
+
+    def op_shf(self, op, parts, kind, width, a, mask):
+        both = self.get(a[1]).astype(U64) | (self.get(a[2]).astype(U64) << U64(32))
+        amount = (self.get(a[3]) & U32(31)).astype(U64)  # .wrap
+        if parts[1] == "l":
+            self.put(a[0], ((both << amount) >> U64(32)).astype(U32), mask)
+        else:
+            self.put(a[0], ((both >> amount) & U64(0xFFFFFFFF)).astype(U32), mask)
+
+    def op_neg(self, op, parts, kind, width, a, mask):
+        if kind != "s32":
+            raise NotImplementedError(op)
+        self.put(a[0], -self.get(a[1]), mask)
 
     def op_lop3(self, op, parts, kind, width, a, mask):
         x, y, z, table = self.get(a[1]), self.get(a[2]), self.get(a[3]), int(a[4], 0)
