@@ -2,7 +2,7 @@
 
 | format | holds | read by |
 |---|---|---|
-| compressed-tensors | integer codes, packed (``pack-quantized``) | transformers, vLLM (4 and 8 bits) |
+| compressed-tensors | integer codes, packed (``pack-quantized``); W8A8 (``int-quantized``) | transformers, vLLM (4 and 8 bits) |
 | gptq | integer codes in GPTQ's layout, also with act-order | vLLM; transformers with gptqmodel |
 | awq | 4-bit codes in AWQ's GEMM layout | vLLM; transformers with gptqmodel |
 | bitsandbytes | LLM.int8, NF4, FP4 as bitsandbytes stores them | transformers, vLLM |
@@ -47,6 +47,14 @@ class Exported(NamedTuple):
     notes: list[str]  # what a user of the checkpoint should know
 
 
+def check_output(out_dir: Path | str) -> Path:
+    """BadInput if there is something in ``out_dir``; ask before the long work."""
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists and is not an empty directory", where="-o", fix="Give a new directory")
+    return out
+
+
 def export(
     compressed: Compressed,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -65,9 +73,7 @@ def export(
 
     Raises BadInput for an unknown format, one that cannot hold these weights, or an ``out_dir`` with something in it.
     """
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and is not an empty directory", where="-o", fix="Give a new directory")
+    out = check_output(out_dir)
     if format not in (*FORMATS, "auto"):
         raise BadInput(f"unknown format {format!r}", where="format", fix=f"One of: auto, {', '.join(FORMATS)}")
     format = _choose(compressed) if format == "auto" else format
@@ -111,7 +117,7 @@ def _choose(compressed: Compressed) -> str:
 
 def _integer(s: StoredLinear) -> bool:
     """Weights are the codes and nothing else (an input scale that could not be folded away needs a float weight)."""
-    return s.codes is not None and s.input_scale is None and s.format == "int"
+    return s.codes is not None and s.input_scale is None and s.format in ("int", "w8a8")
 
 
 # --- one writer a format: (tensors, quantization_config) ---------------------------------------------------------------------
@@ -145,18 +151,26 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
     schemes: dict[tuple, list[str]] = {}
     for name, s in layers.items():
         bits, middle = int(s.bits), 2 ** (int(s.bits) - 1)
+        tensors[f"{name}.weight_scale"] = _scale(s.scale, dtype)
+        schemes.setdefault((bits, s.group_size, s.symmetric), []).append(name)
+        if s.format == "w8a8":
+            tensors[f"{name}.weight"] = s.codes
+            continue
         codes = s.codes if s.symmetric else (s.codes.to(torch.int16) - middle).to(torch.int8)
         tensors[f"{name}.weight_packed"] = pack_to_int32(codes.to(torch.int8), bits)
-        tensors[f"{name}.weight_scale"] = _scale(s.scale, dtype)
         tensors[f"{name}.weight_shape"] = torch.tensor(s.shape)
         if s.zero is not None:
             zero = (s.zero.to(torch.int16) - middle).to(torch.int8)
             tensors[f"{name}.weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0)
-        schemes.setdefault((bits, s.group_size, s.symmetric), []).append(name)
     if any(bits == 3 for bits, _, _ in schemes):
         notes.append(
             "3-bit codes are packed across words, as compressed-tensors 0.20 does; older versions and vLLM cannot read them."
         )
+    w8a8 = all(s.format == "w8a8" for s in layers.values())
+    if w8a8:
+        notes.append("Inputs are rounded to int8 per token by the reader, whose scale may differ from ours by half a step.")
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True} if w8a8 else None
+    format = "int-quantized" if w8a8 else "pack-quantized"
     groups = {}
     for i, ((bits, group, symmetric), names) in enumerate(schemes.items()):
         groups[f"group_{i}"] = {
@@ -169,13 +183,13 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
                 "group_size": group,
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": inputs,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": format,
         }
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": format,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _others(compressed.model, layers),
@@ -287,6 +301,10 @@ _WRITERS = {
 
 def _codes(compressed: Compressed, format: str, notes: list[str]) -> dict[str, StoredLinear]:
     layers = {n: s for n, s in compressed.stored.items() if _integer(s)}
+    if format != "compressed-tensors" and any(s.format == "w8a8" for s in layers.values()):
+        raise BadInput(
+            f"{format} holds weights only, these inputs are quantised too", where="format", fix="Use compressed-tensors"
+        )
     if not layers:
         raise BadInput(f"{format} holds integer codes, and this model has none", where="format", fix="Use auto or dense")
     if left := [n for n, s in compressed.stored.items() if s.codes is not None and n not in layers]:
