@@ -56,7 +56,7 @@ _SHA = re.compile(r"^([0-9a-f]{64})[ *]+(\S+)$", re.MULTILINE)
 
 
 class Pack:
-    """Records by file name. ``name`` is ``builtin``, ``hub`` or the folder; ``digest`` covers the bytes of every data file."""
+    """Records by file name. ``name`` is ``builtin`` or the folder's name; ``digest`` covers the bytes of every data file."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -148,26 +148,26 @@ def _check(record: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> N
 
 
 def load_pack(source: str | None = None) -> Pack:
-    """The pack of ``source`` (default ``$COMPTRUST_DATA``): a folder, ``hub`` (official, pinned), or empty: built-in probes.
+    """The pack of ``source`` (default ``$COMPTRUST_DATA``): a folder, ``github`` or ``hub`` (official), or empty: built-in probes.
 
     Checksums are verified where the folder states them. ``BadInput``: no pack there, a checksum differs, no access to the data.
     """
     source = os.environ.get("COMPTRUST_DATA", "") if source is None else source
     if not source:
         return Pack(Path(str(files("comptrust.actors.data") / "probes")), "builtin")
-    if source == "hub":
+    if source in ("hub", "github"):
         from .download import official_pack
 
-        folder = official_pack()
+        folder = official_pack(source)
     else:
         folder = Path(source).expanduser()
     if not folder.is_dir():
         raise BadInput(
             f"no folder {source!r}",
             where="COMPTRUST_DATA",
-            fix="Give the folder of a data pack, `hub`, or unset it for the built-in probes",
+            fix="Give the folder of a data pack, `github`, `hub`, or unset it for the built-in probes",
         )
-    pack = Pack(folder, "hub" if source == "hub" else folder.name)
+    pack = Pack(folder, folder.name)
     if not pack.names:
         raise BadInput(
             f"no data files in {source!r}",
