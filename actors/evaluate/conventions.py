@@ -37,7 +37,7 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
     """95% Wilson score interval of a proportion."""
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(hits, n, alpha=0.05, method="wilson")
+    low, high = np.asarray(proportion_confint(hits, n, alpha=0.05, method="wilson"), dtype=np.float64)
     return (0.0 if hits == 0 else float(low)), (1.0 if hits == n else float(high))
 
 
