@@ -74,6 +74,8 @@ def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: s
     advice = recommend(results, effects=effects, **constraints) if effects.all else None
     payload = _payload(results, rows, effects, _wanted(rows, advice, raised))
     places = {c["key"]: (i, f"{c['model']} · {c['label']}") for i, c in enumerate(payload["cells"])}
+    for cell in payload["cells"]:
+        cell["warnings"] = sum(a.severity == WARNING and a.key == cell["key"] for a in raised)
     return _render(
         payload,
         title=title,
@@ -112,10 +114,11 @@ def _wanted(rows: Sequence[Row], advice: Recommendation | None, raised: Sequence
 def _payload(results: Results, rows: Sequence[Row], effects: Effects, wanted: Sequence[str]) -> dict[str, Any]:
     metrics = data.used_metrics(rows)
     ids = [m.id for m in metrics]
-    cells = data.cells(rows, effects, metrics, LIMIT)
+    dimensions = data.measured(rows)
+    cells = data.cells(rows, effects, metrics, dimensions, LIMIT)
     utility = "mmlu" if "mmlu" in ids else "perplexity"
     return {
-        "dims": [{"id": d, "name": data.NAMES[d]} for d in DIMENSIONS],
+        "dims": [{"id": d, "name": data.NAMES[d]} for d in dimensions],
         "methods": METHODS,
         "metrics": [m._asdict() for m in metrics],
         "heat_extra": [m for m in ("trust", "worst_drop", utility, "size_bytes") if m in ids],

@@ -97,7 +97,7 @@ function drawHeat() {
         el(
           "tr",
           { "data-cell": String(cell.index) },
-          el("th", { scope: "row" }, el("span", { class: "dot", css: { "--c": methodColour(cell.method) } }), " ", name),
+          el("th", { scope: "row" }, el("span", { class: "dot", css: { "--c": methodColour(cell.method) } }), " ", name, cell.warnings ? el("a", { class: "flag", href: "#alarms", title: `${cell.warnings} warnings`, "aria-label": `${cell.warnings} warnings`, text: "!" }) : null),
           ...tiles,
           ...extras.map((m, i) => el("td", { class: i ? "num" : "num gap", text: withUnit(cell.v[m.id], { ...m, unit: "" }) })),
         ),
@@ -148,7 +148,10 @@ function scale(values, metric, from, to) {
 
 // -- bars over the rate --------------------------------------------------------------------------------------------------------
 
-const bars = { model: "", dim: "" };
+const sizes = new Map();
+for (const cell of CELLS) sizes.set(cell.model, (sizes.get(cell.model) ?? 0) + 1);
+const largest = [...sizes].sort((a, b) => b[1] - a[1])[0][0];
+const bars = { model: largest, dim: "" };
 
 function rateGroups(model) {
   const variants = new Map();
@@ -223,13 +226,13 @@ function barChart(model, j, groups, width) {
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": `${DIMS[j].name} by compression rate, ${model.name}` }, ...nodes);
 }
 function drawBars() {
-  const picked = state.model || bars.model || DATA.models[0]?.name;
+  const picked = state.model || bars.model;
   const model = DATA.models.find((m) => m.name === picked);
   const target = byId("bars");
   byId("bars-model").value = picked;
-  const groups = model ? rateGroups(model) : [];
-  if (!groups.length) {
-    target.replaceChildren(el("p", { class: "empty", text: "No compressed cell of this model passes the filters." }));
+  const groups = rateGroups(model);
+  if (!groups.length || !DIMS.length) {
+    target.replaceChildren(el("p", { class: "empty", text: DIMS.length ? "No compressed cell of this model passes the filters." : "No trust dimension was measured." }));
     return;
   }
   const list = DIMS.map((_, j) => j).filter((j) => !bars.dim || DIMS[j].id === bars.dim);
@@ -245,7 +248,7 @@ function drawBars() {
   byId("bars-methods").replaceChildren(...DATA.methods.filter((m) => here.has(m)).map((m) => el("li", {}, el("span", { class: "dot", css: { "--c": methodColour(m) } }), m)));
 }
 {
-  options(byId("bars-model"), DATA.models.map((m) => [m.name, m.name]), DATA.models[0]?.name);
+  options(byId("bars-model"), DATA.models.map((m) => [m.name, m.name]), largest);
   options(byId("bars-dim"), [["", "All dimensions"], ...DIMS.map((dim) => [dim.id, dim.name])], "");
   byId("bars-model").addEventListener("change", (event) => {
     bars.model = event.target.value;
@@ -437,8 +440,8 @@ function drawRadar() {
   const rest = CELLS.filter((cell) => !state.chosen.includes(cell.index) && shown(cell));
   options(select, [["", "Add a cell\u2026"], ...rest.map((cell) => [String(cell.index), `${cell.model} \u00b7 ${cell.label}`])], "");
   const target = byId("radar");
-  if (!chosen.length) {
-    target.replaceChildren(el("p", { class: "empty", text: "No cell chosen: pick one from the list, or click a point of the scatter." }));
+  if (!chosen.length || DIMS.length < 3) {
+    target.replaceChildren(el("p", { class: "empty", text: DIMS.length < 3 ? "A profile needs three trust dimensions or more." : "No cell chosen: pick one from the list, or a point of the Pareto chart." }));
     byId("radar-table").replaceChildren();
     return;
   }

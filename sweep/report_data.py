@@ -209,7 +209,14 @@ def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def cells(rows: Sequence[Row], effects: Effects, metrics: Sequence[Metric], limit: float) -> list[dict[str, Any]]:
+def measured(rows: Sequence[Row]) -> list[str]:
+    """Dimensions that some cell was evaluated on."""
+    return [d for d in DIMENSIONS if any(r[d] is not None or r[f"{d}_refusal"] is not None for r in rows)]
+
+
+def cells(
+    rows: Sequence[Row], effects: Effects, metrics: Sequence[Metric], dimensions: Sequence[str], limit: float
+) -> list[dict[str, Any]]:
     """One dict a cell, in the order of ``rows``; cells refer to each other by their place."""
     index = {row["key"]: i for i, row in enumerate(rows)}
     variants: dict[str, int] = {}
@@ -228,7 +235,7 @@ def cells(rows: Sequence[Row], effects: Effects, metrics: Sequence[Metric], limi
                 "variant_label": label(row),
                 "dense": index.get(row["dense_key"]),
                 "invalid": any(row[f"{d}_valid"] is False and row[f"{d}_refusal"] is not None for d in DIMENSIONS),
-                "d": [_dimension(row, d, of.get(d), limit) for d in DIMENSIONS],
+                "d": [_dimension(row, d, of.get(d), limit) for d in dimensions],
                 "v": {m.id: m.value(row) for m in metrics},
                 "facts": facts(row),
                 "search": f"{group} {name} {row['key']}".lower(),
