@@ -20,6 +20,7 @@ import numpy as np
 from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
 from . import statistics as st
+from .alarms import Alarm, alarms, render_alarms, to_json
 from .effects import BAND, PRUNED, QUANTISED, Effect, Effects, Row, clean, config_of, family, label, rate
 from .results import Results
 
@@ -82,6 +83,7 @@ class Claims:
     findings: list[Finding]
     groups: list[Group]
     correlations: list[dict[str, Any]]
+    alarms: list[Alarm] = field(default_factory=list)  # what to doubt before reading a verdict
 
     def of(self, claim: str) -> list[Finding]:
         return [f for f in self.findings if f.claim == claim]
@@ -93,6 +95,7 @@ class Claims:
                 "claims": [{**asdict(c), "findings": [asdict(f) for f in self.of(c.id)]} for c in self.claims],
                 "groups": [asdict(g) for g in self.groups],
                 "correlations": self.correlations,
+                "alarms": to_json(self.alarms),
             }
         )
 
@@ -259,7 +262,7 @@ def claims(results: Results, effects: Effects | None = None) -> Claims:
     }
     findings = [f for check in checks.values() for b in bases if (f := check(b)) is not None]
     findings += _beyond_perplexity(results, bases)
-    return Claims(CLAIMS, findings, groups(bases), correlations(bases))
+    return Claims(CLAIMS, findings, groups(bases), correlations(bases), alarms(results, effects))
 
 
 def _bases(effects: Effects) -> list[_Base]:
@@ -803,7 +806,7 @@ _COLOURS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
 
 
 def render_claims(found: Claims, console: Console) -> None:
-    """Claims by base model, then the pooled counts and correlations."""
+    """Claims by base model, the pooled counts and correlations, and the alarms."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -848,6 +851,7 @@ def render_claims(found: Claims, console: Console) -> None:
             bar = ("+" if c["r"] > 0 else "-") * round(abs(c["r"]) * 20)
             rows.add_row(c["size"], c["dimension"], f"{c['r']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}", str(c["n"]), bar)
         console.print(rows)
+    render_alarms(found.alarms, console)
 
 
 def lean(f: Finding) -> str:

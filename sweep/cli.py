@@ -231,11 +231,11 @@ def recommend(
 def claims(results: ResultsArg, format: FormatOpt = TextFormat.table) -> None:
     """The papers' claims on these results: expected against observed, per base model."""
     from .claims import claims as make
-    from .claims import claims_to_json, render_claims
+    from .claims import render_claims
     from .results import load_results
 
     answer = make(load_results(results))
-    _json(claims_to_json(answer)) if format is TextFormat.json else render_claims(answer, _console())
+    _json(answer.to_json()) if format is TextFormat.json else render_claims(answer, _console())
 
 
 @app.command()
