@@ -86,13 +86,14 @@ class Encoder:
         """float32 [F]: mean, largest and smallest value over tokens of ``LAYERS``, layer by layer.
 
         One text at a time on one thread, so that a score depends neither on the texts beside it nor on the number of threads
-        and a rescoring finds the same numbers. About 15 ms of CPU time for a continuation of 24 tokens.
+        and a rescoring finds the same numbers. About 20 ms of CPU time for 24 tokens, 65 ms for 150.
         """
         import torch
 
         tokenizer, model = self._model
         with one_thread(), torch.inference_mode():
-            tokens = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+            whole = text.encode("utf-8", "replace").decode()  # half a surrogate pair stops the tokenizer
+            tokens = tokenizer(whole, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             states = model(**tokens, output_hidden_states=True).hidden_states
             x_LTD = torch.stack([states[layer][0] for layer in LAYERS])
             return torch.cat([x_LTD.mean(1), x_LTD.amax(1), x_LTD.amin(1)], dim=1).flatten().numpy()
