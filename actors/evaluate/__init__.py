@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from ..cell import DIMENSIONS
 from .protocol import Judgement, MetricRow, Task
 
-DIMENSIONS = ("toxicity", "stereotype", "adversarial", "ood", "demonstrations", "privacy", "ethics", "fairness")
+__all__ = ["DIMENSIONS", "TASKS", "judge_many", "rescore_rows"]
 
 
 class _Tasks(Mapping[str, Task]):
