@@ -81,6 +81,9 @@ def totals(
     model: nn.Module, dense: nn.Module, config: MethodConfig, stored: dict[str, StoredLinear], layers: list[dict[str, Any]]
 ) -> Compressed:
     """Bytes of the whole model: compressed linears as stored, everything else in the dtype it is held in, tied weights once."""
+    order = {name: i for i, (name, _) in enumerate(dense.named_modules())}
+    layers = sorted(layers, key=lambda row: order[row["layer"]])
+    stored = {row["layer"]: stored[row["layer"]] for row in layers}
     unique = {id(p): p for p in dense.parameters()}
     whole = sum(element_bytes(p) for p in unique.values())
     parameters = sum(p.numel() for p in unique.values())

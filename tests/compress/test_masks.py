@@ -24,5 +24,5 @@ def test_keep_n_of_m_keeps_the_largest_of_every_group(seed, nm, levels):
     score = torch.randint(0, levels, (3, 4 * m), generator=torch.Generator().manual_seed(seed)).float()
     keep = keep_n_of_m(score, n, m)
     for row, mask in zip(score.view(-1, m).tolist(), keep.view(-1, m).tolist(), strict=True):
-        order = sorted(range(m), key=lambda i: (row[i], i))  # lowest first, of equal ones the first goes
+        order = sorted(range(m), key=lambda i: (row[i], -i))  # lowest first, of equal ones the last goes
         assert [i for i in range(m) if mask[i]] == sorted(order[m - n :])
