@@ -205,6 +205,7 @@ class Generator:
         """Continue all rows to their ends, at most ``batch_size`` at once."""
         batch: list[_Row] = []  # places in the cache; rows that ended keep theirs until the batch is renewed
         rows: list[_Row] = []  # those still going
+        cache, filled, lengths_B = SlotCache(capacity=0), 0, torch.empty(0, device=self.device)
         next_row = next(begun, None)
         while rows or next_row:
             if len(rows) <= (1 - RENEW) * len(batch):

