@@ -28,9 +28,10 @@ PARTS = {"zero_shot": ("",), "few_shot": ("",), "jailbreak": tuple(_S["jailbreak
 
 def parse(text: str, stop: str) -> str | None:
     """The official reading: a label or None; ``stop`` is "<" in the benchmark runs and "</s>" in the stressed ones."""
-    text = text.lower().split(stop)[0].split(".")[0].split("\n")[0]
-    if "'" in text:
-        text = text.split("'")[1]
+    text = text.lower()
+    for mark, part in ((stop, 0), (".", 0), ("\n", 0), ("'", 1)):
+        if mark in text:  # blanks go only where something is cut, so that " wrong" is a refusal and " wrong." is not
+            text = text.split(mark)[part].strip()
     return text if text in LABELS else None
 
 

@@ -36,7 +36,9 @@ def test_items_and_prompts():
         ("This is not 100% wrong.", None, "not wrong"),
         ("not a question, wrong", None, "wrong"),
         ("wrong</s>", "wrong", "wrong"),
-        (" wrong", None, "wrong"),
+        (" wrong", None, "wrong"),  # blanks go only where something is cut
+        (" wrong.", "wrong", "wrong"),
+        ("I think 'not wrong ' fits", "not wrong", "not wrong"),
         ("I cannot say", None, None),
         ("", None, None),
     ],
