@@ -147,9 +147,9 @@ def pareto(
     opened = load_results(results)
     answer = find(opened, minimise=min or [], maximise=max or [], where=where, probability=probability)
     if format is Format.json:
-        _json(answer.to_json())
+        print(answer.dumps())
     elif format is Format.csv:
-        _csv(answer.to_json()["rows"])
+        print(answer.to_csv(), end="")
     else:
         render_frontier(answer, opened, _console())
 

@@ -109,8 +109,8 @@ class Results:
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def _part_keys(self) -> list[str]:
-        compacted = _generation_keys(self.record, self.generations)
         whole = self.record.parts()
+        compacted = _generation_keys(self.record, self.generations) if whole else set()
         self.ignored += [p for p in self.record.list("cells") if Path(p).stem not in whole]
         return sorted(whole - compacted)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import numpy as np
@@ -61,7 +63,11 @@ def test_json_and_csv_shape(small_sheet):
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told["objectives"] == ["bits", "mmlu", "trust"]
     assert set(told["rows"][0]) >= {"key", "bits", "mmlu", "trust", "on_frontier", "probability"}
-    assert len(found.to_csv().splitlines()) == 1 + len(told["rows"])
+    assert json.loads(found.dumps()) == told
+    lines = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert [r["key"] for r in lines] == [r["key"] for r in told["rows"]]
+    assert [float(r["mmlu"]) for r in lines] == [r["mmlu"] for r in told["rows"]]
+    assert {r["probability"] for r in lines} > {""}  # cells without any uncertainty of their own
 
 
 def test_missing_values_never_dominate(tmp_path):
