@@ -173,7 +173,9 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(model.state_dict(), folder, metadata={"format": "pt"})
+    # By name: left to itself, the writer keeps lm_head and drops the embedding, which transformers 4 then misses.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    save_torch_state_dict({k: v for k, v in model.state_dict().items() if k not in tied}, folder, metadata={"format": "pt"})
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------------

@@ -210,6 +210,8 @@ def test_gguf_gives_the_weights_and_tokens_it_was_made_from(gguf_file, folder):
     assert not hasattr(model.config, "quantization_config") and model.config.rms_norm_eps == 1e-06
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor), name
+    (made,) = (models.cache_dir() / "converted").rglob("*.safetensors")
+    assert load_file(made).keys() == load_file(folder / "model.safetensors").keys()  # the embedding once, under its own name
     text = "In 1984, two geese (one of them white) crossed the road.\n  def f(x):"
     assert tokenizer(text).input_ids == models.load_tokenizer(models.resolve(str(folder)))(text).input_ids
     assert models.load_config(ref).num_key_value_heads == 2
