@@ -84,7 +84,8 @@ def multiply(kind: str, steps: int, sparse: bool, tile: int) -> str:
 @gluon.jit
 def int_mma(
     x_ptr, q_ptr, h_ptr, e_ptr, s_ptr, z_ptr, y_ptr, M, N, K2, KT, T8, per,
-    W: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, BITS: gl.constexpr, SPARSE: gl.constexpr, ZERO: gl.constexpr, CODE0: gl.constexpr,
+    W: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, BITS: gl.constexpr, SPARSE: gl.constexpr, ZERO: gl.constexpr,
+    CODE0: gl.constexpr,
     PACKED_X: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, DC: gl.constexpr, M0: gl.constexpr, M1: gl.constexpr,
     MC: gl.constexpr,
 ):  # fmt: skip
@@ -230,6 +231,7 @@ def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     int_mma[plan.grid](
         plan.x, q, t.get("high", q), t.get("index", q), t["scale"], t.get("zero", q), y,
         plan.M, N, plan.K2, KT, plan.T8, plan.per,
-        W=plan.W, GROUP=group, NT=plan.NT, ZERO="zero" in t, PACKED_X=plan.packed_x, **constants(packed.format, x_TI.dtype), num_warps=plan.W,
+        W=plan.W, GROUP=group, NT=plan.NT, ZERO="zero" in t, PACKED_X=plan.packed_x,
+        num_warps=plan.W, **constants(packed.format, x_TI.dtype),
     )  # fmt: skip
     return plan.finish(y)

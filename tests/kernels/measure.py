@@ -65,7 +65,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        launch, s, per, limit = measure(*case)
+        _, s, per, limit = measure(*case)
         budget = budgets.get(key(*case), {}).get("instructions", "-")
         mma = sorted({op for op in s.every if op.startswith(("HMMA", "HGMMA"))})
         spills = s.count("LDL") + s.count("STL")
