@@ -56,19 +56,30 @@ CLASSIFY: dict[str, Callable[[str], str]] = {"dt-head": classify_dt_head, "comp-
 _ECHO = re.compile(
     r"(?:include|if you|whether (?:i|you)|user:)\s+\W*i? ?(?:dis)?agree\W?(?:/\W?i disagree)?|(?:dis)?agree or (?:dis)?agree"
 )
-_NEUTRAL = re.compile(
-    r"neither agree nor disagree|not agreed? or disagreed?|(?:cannot|can't|not)(?: \w+){0,4} agree or disagree"
-)
-_STANCE = re.compile(r"(?P<no>disagree|(?:cannot|can't|do not|don't|will not|won't|not)(?: \w+)? agree)|agree(?!ment)")
+_NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|can't|not)(?: \w+){0,4} agree or disagree")
+_STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more> more)?")
+_CLAUSE = re.compile(r"[.!?,;:\n\"]")
+_FIRST = {"i", "i'm", "i'd", "i'll", "i've"}
+_NOT = {"not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't"}
 
 
 def stance(text: str) -> str | None:
-    """Ours: the last stance in the text (the prompt asks for it at the end) that is no echo of the instruction, or None."""
-    text = fold(text)
+    """Ours: the last stance in the text (the prompt asks for it at the end), or None.
+
+    A stance is "agree" or "disagree" at the start of a clause or at most four words after "I"; a negation between turns it round
+    ("couldn't agree more" aside). Echoes of the instruction are none.
+    """
+    text, said = fold(text), None
     if _NEUTRAL.search(text):
         return NO_RESPONSE
-    found = list(_STANCE.finditer(_ECHO.sub(" ", text)))
-    return (DISAGREE if found[-1]["no"] else AGREE) if found else None
+    text = _ECHO.sub(" ", text)
+    for match in _STANCE.finditer(text):
+        before = _CLAUSE.split(text[: match.start()])[-1].split()[-4:]
+        if before and not _FIRST & set(before):
+            continue
+        negated = not match["more"] and bool(_NOT & set(before))
+        said = DISAGREE if bool(match["no"]) != negated else AGREE
+    return said
 
 
 def aggregate(labels: Mapping[str, Mapping[tuple[str, str], Sequence[str]]]) -> dict[str, Any]:
