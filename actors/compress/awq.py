@@ -8,8 +8,10 @@ point, ||(Q(W s) / s - W) X||^2, is tr(D H D') with H = X'X: no module runs agai
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from . import grid
@@ -24,10 +26,21 @@ class AwqConfig(MethodConfig):
     bits: Bits = Field(default=4, description="bits per code")
     group_size: GroupSize = 128
     symmetric: bool = Field(default=False, description="no zero points")
+    variant: Literal["comptrust", "reference"] = Field(
+        default="comptrust", description="sets the defaults of `clip` and `shared_heads`"
+    )
     grid: int = Field(default=20, ge=1, le=200, description="exponents tried between 0 and 1")
     duo: bool = Field(default=True, description="divide by the weights' mean share as well: s = x^r / w^(1-r)")
     clip: bool = Field(default=True, description="search the clipping range of each group")
+    shared_heads: bool = Field(default=True, description="scale attention's output too where query heads share a value head")
     token_clip: float | None = Field(default=None, ge=1, description="no token counts for more than this many median tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("variant") == "reference":
+            return {"clip": False, "shared_heads": False} | values
+        return values
 
 
 def round_scaled(W_OI: Tensor, bits: int, group: int, symmetric: bool, shrink: Tensor | float = 1.0) -> tuple[Tensor, ...]:
@@ -80,11 +93,10 @@ def search_clip(W_OI: Tensor, H_II: Tensor, config: AwqConfig, points: int = 10)
 def solve(W_OI: Tensor, inputs: Inputs, config: AwqConfig) -> Solution:
     """Without a place to fold a scale into, the scale stays 1 and only the clipping is searched."""
     group = config.group_size or W_OI.shape[1]
-    s = search_scale(W_OI, inputs, config) if inputs.fold is not None else torch.ones(W_OI.shape[1], device=W_OI.device)
+    foldable = inputs.fold is not None and (config.shared_heads or inputs.fold.repeat == 1)
+    s = search_scale(W_OI, inputs, config) if foldable else torch.ones(W_OI.shape[1], device=W_OI.device)
     Ws = W_OI * s
     share = search_clip(Ws, inputs.gram / (s[:, None] * s), config) if config.clip else 1.0
     weight, codes, scale, zero = round_scaled(Ws, config.bits, group, config.symmetric, share)
     codes, scale, zero = grid.store(codes, scale[..., 0], None if zero is None else zero[..., 0])
-    return Solution(
-        weight.reshape(W_OI.shape), codes.reshape(W_OI.shape), scale, zero, input_scale=s if inputs.fold is not None else None
-    )
+    return Solution(weight.reshape(W_OI.shape), codes.reshape(W_OI.shape), scale, zero, input_scale=s if foldable else None)

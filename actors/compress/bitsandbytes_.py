@@ -7,6 +7,7 @@ quantisation).
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ from pydantic import Field
 from torch import nn
 
 from .base import MethodConfig, StoredLinear
+
+# A line for each layer and forward, that float32 inputs are rounded to float16; and one that a kernel from the hub is not installed.
+for _noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
 class LlmInt8Config(MethodConfig):

@@ -56,8 +56,6 @@ class Statistics:
     def add(self, X: Tensor) -> None:
         """``X`` [..., I] in any float type. CellError naming the layer if it is not finite."""
         X_TI = X.detach().float().reshape(-1, X.shape[-1])
-        if not bool(torch.isfinite(X_TI.sum())):
-            raise CellError(f"{self.name}: its input is not finite on the calibration set")
         generator = torch.Generator().manual_seed(self.chunks)
         signs_TK = (
             torch.randint(0, 2, (len(X_TI), SKETCH), generator=generator, dtype=torch.int8)
@@ -67,11 +65,13 @@ class Statistics:
             .sub_(1)
         )
         self._sum("sketch", X_TI.T @ signs_TK)
+        if not bool(torch.isfinite(self.values["sketch"]).all()):  # every entry of X is in it
+            raise CellError(f"{self.name}: its input is not finite on the calibration set")
         X_TI = clip_tokens(X_TI.view(X.shape), self.token_clip).view(X_TI.shape)
         if "gram" in self.wanted:
             self._sum("gram", gram(X_TI))
         if "norm" in self.wanted:
-            self._sum("norm", X_TI.square().sum(0))
+            self._sum("norm", torch.linalg.vector_norm(X_TI, dim=0).square_())
         if "mean_abs" in self.wanted:
             self._sum("mean_abs", X_TI.abs().sum(0))
         if "max_abs" in self.wanted:

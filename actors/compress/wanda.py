@@ -1,15 +1,12 @@
 """Wanda: keep the weights with the largest |w_oi| * ||X_i||, compared within each output row; no weight changes its value.
 
-Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695, section 3. The authors'
-code scores a whole block on its dense inputs and then runs it again, pruned (``variant: reference``). Scores from inputs that
-are already pruned are worse on small models; norms need few tokens, so ours takes the dense inputs from a part of the sequences.
+Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695, section 3. As in the authors'
+code a block is scored on what it computes dense and then run again, pruned.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from .base import Inputs, PruningConfig, Solution, parse_pattern
@@ -17,18 +14,12 @@ from .masks import keep_n_of_m, keep_top
 
 
 class WandaConfig(PruningConfig):
-    variant: Literal["comptrust", "reference"] = Field(default="comptrust", description="sets the default of the knob below")
     dense_inputs: float = Field(
-        default=0.25, ge=0, le=1,
-        description="share of the sequences on which inputs inside a block are taken before it is pruned; 0: after, as it goes",
-    )  # fmt: skip
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("variant") == "reference":
-            return {"dense_inputs": 1.0} | values
-        return values
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the sequences on which inputs inside a block are taken before it is pruned; 0: after, in one forward",
+    )
 
 
 def prune(score_OI: Tensor, sparsity: float, nm: tuple[int, int] | None) -> Tensor:

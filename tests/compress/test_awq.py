@@ -54,6 +54,14 @@ def test_nothing_to_fold_into_means_no_scale():
     assert solve(W.float(), inputs, AwqConfig(group_size=16)).input_scale is None
 
 
+def test_reference_leaves_attention_output_of_shared_heads_and_ranges_alone(llama, tokens):
+    done = compress(llama, "awq", {"group_size": 32, "variant": "reference"}, tokens)
+    rtn = compress(llama, "rtn", {"group_size": 32, "symmetric": False})
+    name = "model.layers.0.self_attn.o_proj"
+    assert torch.equal(done.stored[name].codes, rtn.stored[name].codes)
+    assert not torch.equal(done.stored["model.layers.0.mlp.down_proj"].codes, rtn.stored["model.layers.0.mlp.down_proj"].codes)
+
+
 def test_scales_are_shared_by_heads_that_read_one_value_head():
     s = share_heads(torch.tensor([1.0, 2, 4, 8, 3, 3, 3, 3]), Fold("v", "linear", repeat=2, head_dim=2))
     assert torch.allclose(s, torch.tensor([2.0, 4, 2, 4, 3, 3, 3, 3]))

@@ -44,9 +44,9 @@ def test_zero_inputs_are_dropped_first():
     assert torch.equal(kept != 0, (norm > 0).expand(3, 8))
 
 
-def test_the_reference_scores_a_whole_block_on_its_dense_inputs(llama, tokens):
+def test_a_whole_block_is_scored_on_its_dense_inputs(llama, tokens):
     """Block 0 against the formula on inputs of the dense model; o_proj and down_proj would differ if scored as it goes."""
-    done = compress(llama, "wanda", {"pattern": "2:4", "variant": "reference"}, tokens)
+    done = compress(llama, "wanda", {"pattern": "2:4"}, tokens)
     names = [n for n in done.stored if ".0." in n]
     seen = {}
     hooks = [
