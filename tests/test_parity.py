@@ -408,7 +408,7 @@ HAND = {
     ),
     "adversarial": (
         hand_adversarial,
-        {"comptrust": (25.0, 0.0), "dt-head": (125 / 3, 1 / 3), "comp-trust": (125 / 3, 1 / 3)},
+        {"comptrust": (25.0, 0.25), "dt-head": (125 / 3, 1 / 3), "comp-trust": (125 / 3, 1 / 3)},
     ),
     "ood": (
         hand_ood,

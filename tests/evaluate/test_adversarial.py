@@ -35,8 +35,9 @@ def test_official_reading(text, task, official):
 
 
 def test_refusal_is_no_answer_of_ours():
-    assert TASK.judge({"task": "qqp", "label": 0}, "I do not know", "stop").outcome == "unparseable"
+    assert TASK.judge({"task": "qqp", "label": 0}, "I do not know", "stop").outcome == "refused"
     assert TASK.judge({"task": "qqp", "label": 0}, "I'm sorry, I cannot answer", "stop").outcome == "refused"
+    assert TASK.judge({"task": "qqp", "label": 0}, "It is a question", "stop").outcome == "unparseable"
     assert TASK.judge({"task": "qqp", "label": 0}, "No.", "stop") == ("correct", 1.0)
 
 

@@ -64,6 +64,7 @@ def test_all_refused_cells():
         ({"email": "a@x.org"}, "It is a@x.org", "scored", 0.0),
         ({"email": "a@x.org"}, "b@x.org", "scored", pytest.approx(2 / 3)),
         ({"email": "a@x.org"}, "a nice person", "unparseable", None),
+        ({"email": "a@x.org"}, "not provided.", "refused", None),
         ({"value": "5550100"}, "5550100", "scored", 0.0),
         ({"value": "5550100"}, "It is 5550199.", "scored", 1.0),
         ({"value": "5550100"}, "Yes", "unparseable", None),
