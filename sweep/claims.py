@@ -498,6 +498,9 @@ def _permutation(high: Sequence[float], low: Sequence[float]) -> float:
     """One-sided p that ``high`` is not larger on average than ``low``: exact permutation (at most 100,000 drawn)."""
     from scipy.stats import permutation_test
 
+    if min(len(high), len(low)) < 2:  # scipy's limit; one cell on a side could not decide anyway
+        return 1.0
+
     def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         return np.mean(x, axis=axis) - np.mean(y, axis=axis)
 
@@ -810,6 +813,10 @@ def render_claims(found: Claims, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    if not found.findings:
+        console.print("No claim can be asked: no dimension has a valid score both in a dense and in a compressed cell.")
+        render_alarms(found.alarms, console)
+        return
     table = Table(title="Claims, expected against observed", show_lines=True)
     for name in ("claim", "base model", "verdict", "basis", "observed"):
         table.add_column(name, no_wrap=name == "verdict")

@@ -73,7 +73,7 @@ def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: s
     raised = alarms(results, effects)
     advice = recommend(results, effects=effects, **constraints) if effects.all else None
     payload = _payload(results, rows, effects, _wanted(rows, advice, raised))
-    places = {c["key"]: (i, f"{c['model']} · {c['label']}") for i, c in enumerate(payload["cells"])}
+    places = {c["key"]: verdicts.Place(i, c["model"], c["label"]) for i, c in enumerate(payload["cells"])}
     for cell in payload["cells"]:
         cell["warnings"] = sum(a.severity == WARNING and a.key == cell["key"] for a in raised)
     return _render(

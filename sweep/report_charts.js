@@ -289,21 +289,24 @@ function frontier(points) {
 const DRAWS = decodeDraws(DATA.draws);
 function decodeDraws(packed) {
   if (!packed) return null;
-  const bytes = Uint8Array.from(atob(packed.data), (c) => c.charCodeAt(0));
-  const noise = new Int8Array(bytes.buffer);
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
+  const noise = new Int8Array(bytes(packed.data));
+  const source = new Int16Array(bytes(packed.source));
   const columns = new Map(packed.metrics.map((id, m) => [id, m]));
+  const row = (cell, id) => cell * packed.metrics.length + columns.get(id);
+  const swapped = new Array(CELLS.length).fill(false);
+  source.forEach((drawn, at) => {
+    if (drawn !== at % CELLS.length) swapped[at % CELLS.length] = true;
+  });
   return {
     count: packed.count,
-    // value of a metric of a cell in one bootstrap draw; a metric without uncertainty keeps its value
+    // Value of a metric in one draw: that of the seed drawn for the cell, moved by the prompts drawn. NaN where that seed has none.
     at(cell, id, draw) {
-      const m = columns.get(id);
-      const value = cell.v[id];
-      if (m === undefined) return value;
-      const row = cell.index * packed.metrics.length + m;
-      const step = noise[row * packed.count + draw];
-      return step === -128 ? NaN : value + (step / 127) * packed.scale[row];
+      const drawn = source[draw * CELLS.length + cell.index];
+      const value = CELLS[drawn].v[id] ?? NaN;
+      return columns.has(id) ? value + (noise[row(drawn, id) * packed.count + draw] / 127) * packed.scale[row(drawn, id)] : value;
     },
-    varies: (cell, id) => columns.has(id) && packed.scale[cell.index * packed.metrics.length + columns.get(id)] > 0,
+    varies: (cell, id) => swapped[cell.index] || (columns.has(id) && packed.scale[row(cell.index, id)] > 0),
   };
 }
 function probabilities(cells, sign) {

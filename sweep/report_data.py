@@ -260,26 +260,27 @@ def models(rows: Sequence[Row], page_cells: Sequence[Mapping[str, Any]]) -> list
 
 
 def draws(effects: Effects, rows: Sequence[Row], metrics: Sequence[Metric]) -> dict[str, Any] | None:
-    """Bootstrap draws of every metric that varies, as deviations from its value in steps of 1/127 of a scale a cell and metric.
+    """Bootstrap draws for the page: deviations of the metrics that vary, and the seed that stands in for each cell.
 
-    Bytes [cell, metric, draw], base64; -128: no value in this draw (an invalid seed). None where nothing varies.
+    ``data``: int8 [cell, metric, draw] in steps of 1/127 of ``scale`` [cell, metric]; ``source``: int16 [draw, cell], the place of
+    the cell whose row is drawn; both base64, little endian. None where nothing varies, or there are too many cells for the page.
     """
     ids = [m.id for m in metrics]
     sampler = Resampler(effects.results, [r["key"] for r in rows], ids, seed=0, items=effects.items)
     count = min(DRAWS, DRAW_BYTES // max(1, len(rows) * len(ids)))
     if not sampler.basis or count < LEAST_DRAWS:
         return None
-    scales = np.array([m.scale for m in metrics])
-    values = np.array([[np.nan if (v := m.value(r)) is None else v * m.scale for m in metrics] for r in rows], float)
-    noise = np.stack([(drawn - values) / scales for drawn in sampler.draw(values, count)], axis=-1)  # [cell, metric, draw]
-    reach = np.nanmax(np.abs(noise), axis=-1, initial=0)
+    noise, source = sampler.resample(count)
+    steps = np.zeros((len(rows), len(ids), count)) if noise is None else noise.transpose(1, 2, 0) / [[m.scale] for m in metrics]
+    reach = np.abs(steps).max(axis=-1)
     varies = (reach > 0).any(axis=0)
-    noise, reach = noise[:, varies], reach[:, varies]
-    steps = np.round(noise / np.where(reach > 0, reach, 1)[..., None] * 127)
+    steps, reach = steps[:, varies], reach[:, varies]
+    steps = np.round(steps / np.where(reach > 0, reach, 1)[..., None] * 127)
     return {
         "metrics": [i for i, v in zip(ids, varies, strict=True) if v],
         "count": count,
         "basis": sampler.basis,
         "scale": [float(f"{v:.4g}") for v in reach.ravel()],
-        "data": base64.b64encode(np.where(np.isnan(steps), -128, steps).astype(np.int8).tobytes()).decode(),
+        "data": base64.b64encode(steps.astype(np.int8).tobytes()).decode(),
+        "source": base64.b64encode(source.astype("<i2").tobytes()).decode(),
     }

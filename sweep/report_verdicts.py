@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .alarms import WARNING, Alarm
@@ -14,6 +15,20 @@ from .report_data import LEVEL, NAMES, Row, mark
 
 #: Candidates listed below an answer; the heatmap holds them all.
 CANDIDATES = 12
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell on the page."""
+
+    index: int
+    model: str
+    label: str
+
+    def link(self) -> dict[str, Any]:
+        return {"index": self.index, "name": f"{self.model} · {self.label}"}
+
+
 TONES = {HOLDS: "yes", FAILS: "no", UNDECIDED: "unsure"}
 
 
@@ -48,13 +63,12 @@ def claims_table(found: Claims | None) -> dict[str, Any]:
     return {"models": names, "rows": rows}
 
 
-def alarm_kinds(found: Sequence[Alarm], cells: Mapping[str, tuple[int, str]]) -> list[dict[str, Any]]:
-    """Alarms by kind, warnings first; cells of one message together. ``cells``: key -> (place, name) on the page."""
+def alarm_kinds(found: Sequence[Alarm], cells: Mapping[str, Place]) -> list[dict[str, Any]]:
+    """Alarms by kind, warnings first; cells of one message together. ``cells``: by key."""
     kinds: dict[tuple[str, bool], dict[str, list[dict[str, Any]]]] = {}
     for a in found:
-        place, name = cells[a.key]
         same = kinds.setdefault((a.code, a.severity == WARNING), {}).setdefault(a.message, [])
-        same.append({"name": name, "index": place})
+        same.append(cells[a.key].link())
     return [
         {
             "name": code.replace("_", " ").capitalize(),
@@ -102,7 +116,7 @@ def subtitle(rows: Sequence[Row]) -> str:
 
 def legend(effects: Effects, limit: float) -> list[str]:
     """What the marks of the heatmap rest on, for the bases that occur."""
-    bases = {e.basis for e in effects.all}
+    bases = {e.basis for e in effects.all if e.delta is not None}
     tests = sum(e.p is not None for e in effects.all)
     out = []
     if "items" in bases:
@@ -139,8 +153,8 @@ def _versions(text: str) -> str:
     return ", ".join(f"{name} {version}" for name, version in json.loads(text).items())
 
 
-def recommendation(found: Recommendation | None, cells: Mapping[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """The answer for the recommended base model, then for the others. ``cells``: key -> (place, name) on the page."""
+def recommendation(found: Recommendation | None, cells: Mapping[str, Place]) -> dict[str, Any] | None:
+    """The answer for the recommended base model, then for the others. ``cells``: by key."""
     if found is None:
         return None
     several = len({c.suite for c in found.choices}) > 1
@@ -148,7 +162,7 @@ def recommendation(found: Recommendation | None, cells: Mapping[str, tuple[int, 
     choices = sorted(found.choices, key=lambda c: (c.cell is None or c.cell != found.cell, order.index(c.verdict)))
 
     def link(key: str | None) -> dict[str, Any] | None:
-        return None if key is None else {"index": cells[key][0], "name": cells[key][1]}
+        return None if key is None else cells[key].link()
 
     def card(c: Choice) -> dict[str, Any]:
         return {
@@ -162,7 +176,10 @@ def recommendation(found: Recommendation | None, cells: Mapping[str, tuple[int, 
             "reasons": c.reasons,
             "change": c.would_change,
             "total": len(c.candidates),
-            "candidates": [_candidate(k) | {"cell": link(k.key)} for k in c.candidates[:CANDIDATES]],
+            "candidates": [
+                _candidate(k) | {"cell": {"index": cells[k.key].index, "name": cells[k.key].label}}
+                for k in c.candidates[:CANDIDATES]
+            ],
         }
 
     first, *others = map(card, choices)

@@ -60,14 +60,22 @@ class Resampler:
 
     def draw(self, values: np.ndarray, draws: int) -> Iterator[np.ndarray]:
         """``draws`` matrices like ``values`` [rows, objectives]."""
-        rng = np.random.default_rng(self.seed)
-        noise = self._noise(rng, draws)
+        noise, source = self.resample(draws)
         for b in range(draws):
             # Rounded, so that cells with the same answers to the drawn prompts tie in spite of floating point.
-            drawn = np.round(values + noise[b], 9) if noise is not None else values.copy()
+            drawn = np.round(values + noise[b], 9) if noise is not None else values
+            yield drawn[source[b]]
+
+    def resample(self, draws: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """What a draw consists of: deviations from the estimates [draws, rows, objectives], None where no item varies, and the
+        row (a seed of the same configuration) that stands in for each row [draws, rows]."""
+        rng = np.random.default_rng(self.seed)
+        noise = self._noise(rng, draws)
+        source = np.tile(np.arange(len(self.keys)), (draws, 1))
+        for b in range(draws):
             for g in self.groups:
-                drawn[g] = drawn[g[rng.integers(len(g), size=len(g))]]
-            yield drawn
+                source[b, g] = g[rng.integers(len(g), size=len(g))]
+        return noise, source
 
     def _noise(self, rng: np.random.Generator, draws: int) -> np.ndarray | None:
         """Deviation of each draw from the estimate [draws, rows, objectives]."""

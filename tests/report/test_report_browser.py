@@ -8,6 +8,7 @@ import re
 import pytest
 from comptrust import load_results
 from comptrust.actors.cell import DIMENSIONS
+from comptrust.sweep.frontier import pareto
 
 MINUS = "\u2212"
 
@@ -113,7 +114,11 @@ def test_refusal_that_moved_is_hatched(open_page, rows, data):
 def test_bars_are_as_high_as_the_scores(open_page, rows, data):
     browser = open_page()
     select(browser, "bars-dim", "privacy")
-    bars = run(browser, "return [...document.querySelectorAll('#bars .mbar')].map(b => [Number(b.dataset.cell), Number(b.getAttribute('height')), b.classList.contains('void')])")  # fmt: skip
+    bars = run(
+        browser,
+        "return [...document.querySelectorAll('#bars .mbar')].map(b => [Number(b.dataset.cell), Number(b.getAttribute('height')),"
+        " b.classList.contains('void')])",
+    )
     model = data["models"][0]
     by_variant = {}
     for cell in data["cells"]:
@@ -159,6 +164,24 @@ def test_scatter_frontier_is_that_of_brute_force(open_page, rows, data):
         } >= best
 
 
+def test_probabilities_are_those_of_the_command(open_page, record, data):
+    browser = open_page()
+    select(browser, "axis-x", "size_bytes")
+    select(browser, "axis-y", "trust")
+    rows = run(
+        browser,
+        "return [...document.querySelectorAll('#frontier tr[data-cell]')].map(r => [Number(r.dataset.cell), r.lastChild.textContent])",
+    )
+    found = pareto(load_results(record), minimise=["size_bytes"], maximise=["trust"], draws=400)
+    expected = {r["key"]: r["probability"] for r in found.rows()}
+    assert len(rows) > 5
+    for index, text in rows:
+        probability = expected[data["cells"][index]["key"]]
+        assert (text == "\u2013") == (probability is None)
+        if probability is not None:
+            assert float(text.removesuffix(" %")) / 100 == pytest.approx(probability, abs=0.1)
+
+
 def test_filters_narrow_every_view_and_reset_brings_all_back(open_page, data):
     browser = open_page()
     count = lambda css: run(browser, "return document.querySelectorAll(arguments[0]).length", css)
@@ -185,8 +208,8 @@ def test_filters_narrow_every_view_and_reset_brings_all_back(open_page, data):
 def test_heatmap_sorts_by_a_dimension(open_page):
     browser = open_page()
     click(browser, "#heat [data-sort=privacy]")
-    model = "return [...document.querySelectorAll('#heat tr[data-cell]')].map(r => r.querySelector('[data-dim=privacy]').firstChild.textContent)"
-    values = [float(t.replace(MINUS, "-")) for t in run(browser, model) if re.fullmatch(rf"[+{MINUS}]?\d+\.\d", t)]
+    shown = "return [...document.querySelectorAll('#heat td[data-dim=privacy]')].map(c => c.firstChild.textContent)"
+    values = [float(t.replace(MINUS, "-")) for t in run(browser, shown) if re.fullmatch(rf"[+{MINUS}]?\d+\.\d", t)]
     half = len(values) // 2
     first = [v for v in values[:half] if v < 50]  # the dense row shows its score
     assert first[:-1] == sorted(first[:-1])
@@ -202,7 +225,7 @@ def test_keyboard_walks_the_heatmap_and_opens_a_cell(open_page):
     press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     where = run(
         browser,
-        "const c = document.activeElement; return [c.dataset.dim, [...document.querySelectorAll('#heat tr[data-cell]')].indexOf(c.parentNode)]",
+        "const c = document.activeElement; return [c.dataset.dim, [...document.querySelectorAll('tr[data-cell]')].indexOf(c.parentNode)]",
     )
     assert where == [DIMENSIONS[1], 1]
     assert run(browser, "return !document.querySelector('.tip').hidden")
@@ -225,9 +248,11 @@ def test_keyboard_reaches_every_control_from_the_top(open_page):
     )
     press(browser, *[Keys.TAB] * 260)
     seen = set(run(browser, "return window.seen"))
-    wanted = {"theme", "filter-model", "filter-methods", "filter-find", "filter-reset", "heat", "bars-model", "bars-dim", "axis-x", "axis-y", "scatter",
-              "radar-add", "items-cell", "items-dim", "items-change", "items-find", "items-unveil"}  # fmt: skip
-    assert wanted <= seen
+    wanted = (
+        "theme filter-model filter-methods filter-find filter-reset heat bars-model bars-dim axis-x axis-y scatter radar-add"
+        " items-cell items-dim items-change items-find items-unveil"
+    )
+    assert set(wanted.split()) <= seen
 
 
 def test_chosen_points_go_to_the_profile(open_page):
@@ -325,7 +350,8 @@ const rgb = (...layers) => { canvas.clearRect(0, 0, 1, 1); for (const c of layer
   return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3); };
 const light = (c) => { const [r, g, b] = c.map(v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
   return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const ground = (e) => { const layers = []; for (; e; e = e.parentElement) layers.unshift(getComputedStyle(e).backgroundColor); return layers; };
+const ground = (e) => { const layers = []; for (; e; e = e.parentElement) layers.unshift(getComputedStyle(e).backgroundColor);
+  return layers; };
 return [...document.querySelectorAll(arguments[0])].map(e => { const under = ground(e);
   const [a, b] = [light(rgb(...under)), light(rgb(...under, getComputedStyle(e).color))];
   return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent.slice(0, 40), e.className]; }).sort((a, b) => a[0] - b[0])[0];
