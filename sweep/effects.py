@@ -145,12 +145,11 @@ class Effects:
             )
             if spread:
                 e = _with(e, seed_sd=spread.sd, seed_unstable=spread.unstable)
+            e = _with(e, transitions=items.transitions(dimension, key, dense["key"]))
             paired = items.paired(dimension, key, dense["key"]) if e.delta is not None else None
             if paired is not None and len(paired.effects_G) >= 2:
                 self.contributions[key, dimension] = paired.effects_G
-                e = _with(
-                    e, basis="items", n=len(paired.effects_G), test=paired.test, p=paired.p, transitions=paired.transitions
-                )
+                e = _with(e, basis="items", n=len(paired.effects_G), test=paired.test, p=paired.p)
                 columns.append(paired.effects_G)
                 at.append(len(out))
             elif spread and base is not None:
@@ -192,7 +191,6 @@ class _PairedItems:
     effects_G: np.ndarray
     test: str
     p: float | None
-    transitions: Mapping[str, int]
 
 
 class ItemScores:
@@ -232,13 +230,19 @@ class ItemScores:
         a, b = cell.pseudo(clusters), dense.pseudo(clusters)
         if a is None or b is None:
             return None
-        outcomes = [{(r["item"], r["sample"]): _outcome(r) for r in self._items[k, dimension]} for k in (dense_key, key)]
         p, test = None, "bootstrap"
         if cell.once and dense.once:
             x, y = dense.once, cell.once
             lost = sum(x[c] > y[c] for c in clusters)
             p, test = st.mcnemar(lost, sum(x[c] < y[c] for c in clusters)), "mcnemar"
-        return _PairedItems(a - b, test, p, st.transitions(outcomes[0], outcomes[1]))
+        return _PairedItems(a - b, test, p)
+
+    def transitions(self, dimension: str, key: str, dense_key: str) -> dict[str, int]:
+        """Also where most answers are silence and there is no score: that is where answers went."""
+        cell, dense = (self._items.get((k, dimension), ()) for k in (key, dense_key))
+        if not cell or not dense:
+            return {}
+        return st.transitions(*({(r["item"], r["sample"]): _outcome(r) for r in rows} for rows in (dense, cell)))
 
 
 class Parts:
@@ -334,14 +338,16 @@ _NAMES = ("seed", "name", "source", "published", "mislabelled")
 def config_of(row: Row) -> str:
     """Everything that configures a cell but its seed: equal for calibration seeds of one configuration."""
     params = row.get("_params") or json.loads(row["params"] or "{}")
-    calibration = json.loads(row["calibration"] or "{}") if isinstance(row["calibration"], str) else {}
+    calibration = row["calibration"] or ""  # the source as written, or a JSON block
+    if calibration.startswith("{"):
+        calibration = {k: v for k, v in json.loads(calibration).items() if k != "seed"}
     fields = ("model", "revision", "dtype", "evaluation", "method", "bits", "group_size", "sparsity", "pattern", "backend",
               "samples", "seqlen", "template")  # fmt: skip
     return canonical(
         {
             **{f: row[f] for f in fields},
             "params": {k: v for k, v in params.items() if k not in _NAMES},
-            "calibration": {k: v for k, v in calibration.items() if k != "seed"},
+            "calibration": calibration,
         }
     )
 

@@ -216,7 +216,7 @@ def _candidate(e: Effects, row: Row, limits: dict[str, float | None]) -> Candida
         for c in checks:
             if c.refusal_change is not None and abs(c.refusal_change) > change + 1e-12:
                 hard.append(f"{c.dimension} refusals {100 * c.refusal_change:+.0f} points (limit {100 * change:g})")
-    failing = [c for c in checks if c.status == FAILS]
+    failing = sorted((c for c in checks if c.status == FAILS), key=lambda c: -c.drop)
     open_ = [c for c in checks if c.status == UNDECIDED]
     if invalid:
         status, reasons = INVALID, [f"{d}: no valid score, most answers are silence" for d in invalid]
@@ -390,11 +390,13 @@ def _choose(e: Effects, rows: Sequence[Row], limits: dict[str, float | None]) ->
         reasons.append(_advice(suite, open_))
         verdict = UNDECIDED
     else:
-        reasons = [f"none of {len(candidates)} cells qualifies"]
+        silent = sum(c.status == INVALID for c in candidates)
+        reasons = [f"{silent} cells are invalid (most answers of a dimension are silence), {len(candidates) - silent} fail"]
         verdict = NONE
     if nearest:
         reasons.append(f"nearest: {nearest.cell}: {'; '.join(nearest.reasons[:2])}")
-    change = [w for c in candidates if (w := _would_admit(c, limits))][:3]
+    close = [c for c in candidates if c.status == UNDECIDED and _excess(c) <= 4 * limits["max_drop"]]
+    change = [w for c in sorted(close, key=_excess)[:3] if (w := _would_admit(c, limits))]
     return Choice(model, suite, verdict, None, None, nearest.key if nearest else None, reasons, change, candidates)
 
 
@@ -408,7 +410,7 @@ def _would_admit(c: Candidate, limits: dict[str, float | None]) -> str | None:
     if c.status == INVALID or b is None or b.upper is None:
         return None
     if b.upper > limits["max_drop"]:
-        return f"--max-drop {math.ceil(b.upper)} would admit {c.cell} (bound {b.upper:.1f} in {b.dimension})"
+        return f"--max-drop {math.ceil(b.upper)} would about admit {c.cell} (bound {b.upper:.1f} in {b.dimension})"
     return f"{c.cell}: {c.reasons[0]}"
 
 

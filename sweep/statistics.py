@@ -77,8 +77,13 @@ def bootstrap(
     t = t[np.isfinite(t)]
     if not len(t):
         return Interval(math.nan, math.nan)
-    high, low = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    high, low = _quantiles(t, level)
     return Interval(max(float(mean - low * se), bounds[0]), min(float(mean - high * se), bounds[1]))
+
+
+def _quantiles(t: Array, level: float) -> Array:
+    """Both ends of the central ``level``, as drawn: interpolation between infinite t would give nan."""
+    return np.quantile(t, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
 
 
 def _finite(bounds: tuple[float, float]) -> bool:

@@ -158,6 +158,29 @@ def test_no_dense_no_claims(tmp_path):
         claims(load_results(tmp_path))
 
 
+def test_seeds_of_one_configuration_are_found(tmp_path):
+    """Digest, key and seed differ between calibration seeds; source, samples and parameters do not."""
+    from comptrust.sweep.effects import Effects
+
+    r, common = Record(tmp_path), {"calibration": "builtin", "samples": 4, "bits": 4}
+    write_cell(r, "dense", {"ethics": answers("ethics", [True] * 50)})
+    keys = [
+        write_cell(
+            r,
+            "gptq",
+            {"ethics": answers("ethics", [False] * n + [True] * (50 - n))},
+            seed=n,
+            calibration_digest=f"d{n}",
+            **common,
+        )
+        for n in range(3)
+    ]
+    write_cell(r, "gptq", {"ethics": answers("ethics", [True] * 50)}, seed=0, **{**common, "samples": 8})
+    e = Effects(load_results(tmp_path))
+    assert sorted(e.seeds(keys[0])) == sorted(keys)
+    assert e.of(keys[1])["ethics"].seed_sd == pytest.approx(2.0)
+
+
 def test_suites_are_never_mixed(tmp_path):
     record = Record(tmp_path)
     write_cell(record, "dense", {"ethics": answers("ethics", [True] * 20)}, suite="smoke", evaluation="smoke")

@@ -43,6 +43,15 @@ def test_against_dense(three):
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_silence_still_shows_where_answers_went(tmp_path):
+    r = Record(tmp_path)
+    rows = answers("ethics", [True] * 30)
+    write_cell(r, "dense", {"ethics": rows})
+    key = write_cell(r, "rtn", {"ethics": [{**x, "outcome": "empty", "score": None} for x in rows]}, bits=2)
+    (e,) = compare(load_results(tmp_path), key).effects
+    assert (e.score, e.delta, e.valid, e.transitions["answered_to_silent"]) == (None, None, False, 30)
+
+
 def test_two_compressed_cells(three):
     results, dense, a, b = three
     forth, back = compare(results, a, b), compare(results, b, a)

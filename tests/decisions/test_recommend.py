@@ -88,6 +88,7 @@ def test_invalid_cells_never_qualify(tmp_path):
     write_cell(r, "rtn", {"ethics": silent}, bits=2, size_bytes=10)
     found = recommend(load_results(tmp_path), max_drop=100)
     assert found.choices[0].candidates[0].status == "invalid" and found.cell is None
+    assert "1 cells are invalid" in found.summary
 
 
 def test_constraints(tmp_path):
