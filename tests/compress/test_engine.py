@@ -163,10 +163,11 @@ def working_set(layers: int, tokens: torch.Tensor, cells) -> int:
 @pytest.mark.parametrize("method", ["gptq", "wanda"])
 def test_the_working_set_is_one_block_whatever_the_depth(tokens, method):
     cells = [(method, {"group_size": 32} if method == "gptq" else {})]
+    tokens = tokens[:4]
     working_set(1, tokens, cells)  # first calls make lasting tensors of torch's own
-    shallow, deep = working_set(2, tokens, cells), working_set(8, tokens, cells)
+    shallow, deep = working_set(2, tokens, cells), working_set(6, tokens, cells)
     block = 4 * sum(p.numel() for p in make_llama(layers=1).model.layers.parameters())
-    assert abs(deep - shallow) < block / 2  # six blocks more
+    assert abs(deep - shallow) < block / 2  # four blocks more
 
 
 @pytest.mark.gpu
