@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import CellError
+from .attention import blocks, in_blocks
 from .packing import Pack, SlotCache, packs
 from .protocol import Decoding
 
@@ -300,14 +301,16 @@ class Generator:
         base = len(pack.base)
         positions_T = torch.tensor(pack.positions, device=self.device)
         positions_S = torch.cat([torch.arange(base, device=self.device), positions_T])
-        return self._forward(
-            torch.tensor([pack.tokens], device=self.device),
-            positions_T.unsqueeze(0),
-            torch.from_numpy(pack.mask_TS()).to(self.device)[None, None],
-            (positions_T[:, None] - positions_S)[None, None],
-            cache,
-            torch.tensor(wanted, device=self.device),
-        )
+        mask_TS = pack.mask_TS()
+        with in_blocks(self.config, blocks(mask_TS, self.device)):
+            return self._forward(
+                torch.tensor([pack.tokens], device=self.device),
+                positions_T.unsqueeze(0),
+                torch.from_numpy(mask_TS).to(self.device)[None, None],
+                (positions_T[:, None] - positions_S)[None, None],
+                cache,
+                torch.tensor(wanted, device=self.device),
+            )
 
     def _forward(
         self,
