@@ -41,7 +41,6 @@ SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (5120, 5120), (13824, 5120
 TOKENS = [1, 4, 8, 16, 32, 64, 256, 2048]
 GROUP = 128
 SPARSITY = 0.6  # of the unstructured case
-LIBRARY = "cusparselt"
 WIN = 1.02  # a kernel must beat dense by more than timing noise to enter the dispatch table
 
 
@@ -145,7 +144,8 @@ def one_format(out, format: str, rows: int, columns: int, xs, base, device) -> N
     scale = {T: xs[T][:64].double().abs() @ W.double().abs().T for T in TOKENS}
     error = lambda y, T: float((y[:64].double() - exact[T]).norm() / scale[T].norm())
     for kernel in (k for k in KERNELS.values() if format in k.formats):
-        if cannot(packed, kernel.layout):
+        if reason := cannot(packed, kernel.layout):
+            out["not_measured"].append([kernel.name, rows, columns, reason])
             continue
         first = arrange(packed, kernel.layout)
         size = packed_bytes(first)
@@ -158,22 +158,6 @@ def one_format(out, format: str, rows: int, columns: int, xs, base, device) -> N
             out["rows"].append(
                 row(format, kernel.name, rows, columns, T, us, base[T], size, error(y, T), out["copy_bandwidth"])
             )
-    if format == "2:4":
-        library(out, W, xs, base, error)
-
-
-def library(out, W, xs, base, error) -> None:
-    """cuSPARSELt through torch; it is absent from some builds, which the table then says."""
-    rows, columns = W.shape
-    try:
-        size = W.numel() * 2 * 9 // 16
-        many = [torch.sparse.to_sparse_semi_structured(W.clone()) for _ in range(copies(size, W.device))]
-        for T in TOKENS:
-            y = F.linear(xs[T], many[0])
-            us = median_us([lambda S=S, x=xs[T]: F.linear(x, S) for S in many])
-            out["rows"].append(row("2:4", LIBRARY, rows, columns, T, us, base[T], size, error(y, T), out["copy_bandwidth"]))
-    except (RuntimeError, NotImplementedError, ValueError) as e:
-        out["not_measured"].append([LIBRARY, rows, columns, str(e).splitlines()[0][:200]])
 
 
 def row(format, kernel, rows, columns, tokens, us, dense_us, weight_bytes, error, bandwidth) -> dict:

@@ -35,6 +35,7 @@ class Kernel:
     layout: str
     tokens: int
     interpreted: bool  # plain Triton runs in the interpreter, inline PTX does not
+    triton: bool = True
 
 
 #: In order of preference for ``backend="triton"``, by instructions a weight (docs/kernels.md), as nothing is measured.
@@ -47,6 +48,7 @@ KERNELS: dict[str, Kernel] = {
         Kernel("slice_gemv", ("bitmap",), "slices", 4, True),
         Kernel("sp24_dot", ("2:4",), "rows", 1 << 20, True),
         Kernel("int_dot", ("int3", "int4", "int8", "2:4+int4"), "rows", 1 << 20, True),
+        Kernel("cusparselt", ("2:4",), "library", 1 << 20, False, triton=False),
     )
 }
 
@@ -66,9 +68,9 @@ def unreachable(kernel: Kernel, packed: Packed, tokens: int, device: torch.devic
         return f"{kernel.name} takes up to {kernel.tokens} tokens, got {tokens}"
     if packed.layout != kernel.layout and (reason := cannot(packed, kernel.layout)) and packed.layout == "rows":
         return f"{kernel.name}: {reason}"
-    if importlib.util.find_spec("triton") is None:
+    if kernel.triton and importlib.util.find_spec("triton") is None:
         return f"{kernel.name} needs triton >= 3.6 (pip install 'comptrust[gpu]')"
-    if interpreting():
+    if kernel.triton and interpreting():
         return None if kernel.interpreted else f"{kernel.name} is inline PTX and does not run in the interpreter"
     if device.type != "cuda":
         return f"{kernel.name} needs CUDA tensors, x is on {device.type}"
@@ -79,8 +81,8 @@ def unreachable(kernel: Kernel, packed: Packed, tokens: int, device: torch.devic
 
 
 def reachable(packed: Packed, tokens: int, device: torch.device) -> list[Kernel]:
-    """Kernels that can run, best guess first."""
-    return [k for k in KERNELS.values() if unreachable(k, packed, tokens, device) is None]
+    """Triton kernels that can run, best guess first; the library runs by name or by the table."""
+    return [k for k in KERNELS.values() if k.triton and unreachable(k, packed, tokens, device) is None]
 
 
 @functools.cache

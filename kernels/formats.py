@@ -140,7 +140,7 @@ def pack(
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The stored weight [O, I] in ``packed.dtype``."""
-    if packed.layout == "fragments":
+    if packed.layout in ("fragments", "library"):
         from .layouts import restore
 
         packed = restore(packed)

@@ -19,6 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from . import cusparselt
 from .formats import FORMATS, Packed, pack, pack_fields, read_codes, row_blocks, unpack, unpack_fields
 
 ROWS = 32  # rows of a block in both layouts
@@ -28,7 +29,7 @@ STEP = {"2:4": 32, "int8": 32, "int4": 64, "int3": 64, "2:4+int4": 128}
 
 
 def arrange(packed: Packed, layout: str) -> Packed:
-    """The same weight in another layout: ``rows``, ``fragments`` or ``slices``.
+    """The same weight in another layout: ``rows``, ``fragments``, ``slices`` or ``library`` (cuSPARSELt's, on a GPU).
 
     Raises:
         ValueError: the format has no such layout, or this weight cannot take it (dtype, group size, zero points), saying why.
@@ -39,7 +40,10 @@ def arrange(packed: Packed, layout: str) -> Packed:
         return arrange(restore(packed), layout)
     if reason := cannot(packed, layout):
         raise ValueError(reason)
-    tensors = _slices(packed) if layout == "slices" else _fragments(packed)
+    if layout == "library":
+        tensors = cusparselt.compress(unpack(packed))
+    else:
+        tensors = _slices(packed) if layout == "slices" else _fragments(packed)
     return dataclasses.replace(packed, layout=layout, tensors=tensors)
 
 
@@ -47,6 +51,8 @@ def cannot(packed: Packed, layout: str) -> str | None:
     """Why this weight cannot take ``layout``, or None if it can."""
     if layout == "rows":
         return None
+    if layout == "library":
+        return cusparselt.cannot(packed)
     if layout == "slices":
         if packed.format != "bitmap":
             return f"layout 'slices' belongs to bitmap, not to {packed.format}"
@@ -74,6 +80,8 @@ def restore(packed: Packed) -> Packed:
         return packed
     if packed.layout == "slices":
         return pack(unpack(packed), packed.format)
+    if packed.layout == "library":
+        return pack(cusparselt.decompress(packed), packed.format)
     return dataclasses.replace(packed, layout="rows", tensors=_from_fragments(packed))
 
 

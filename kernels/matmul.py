@@ -34,7 +34,7 @@ def matmul(x_TI: torch.Tensor, packed: Packed, backend: str = "auto") -> torch.T
 
 def reference(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     """The plain meaning of every format, on any device; holds one block of dense rows at a time."""
-    if packed.layout == "fragments":
+    if packed.layout in ("fragments", "library"):
         packed = restore(packed)
     y_TO = x_TI.new_empty((x_TI.shape[0], packed.shape[0]))
     for a, b in row_blocks(*packed.shape):
@@ -48,7 +48,10 @@ def run(kernel: Kernel, x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
         if kernel.layout not in packed.arranged:
             packed.arranged[kernel.layout] = arrange(packed, kernel.layout)
         packed = packed.arranged[kernel.layout]
-    return importlib.import_module(f".{kernel.name}", __package__).run(x_TI.contiguous(), packed)
+    x_TI = x_TI.contiguous()
+    if x_TI.data_ptr() % 16:  # a slice of a larger tensor: kernels read x in whole vectors
+        x_TI = x_TI.clone()
+    return importlib.import_module(f".{kernel.name}", __package__).run(x_TI, packed)
 
 
 def check(x_TI: torch.Tensor, packed: Packed) -> None:
@@ -78,7 +81,7 @@ def select(backend: str, packed: Packed, tokens: int, device: torch.device) -> K
         raise ValueError(f"unknown backend {backend!r}; backends are {', '.join(BACKENDS)} and kernels {', '.join(KERNELS)}")
     if found := reachable(packed, tokens, device):
         return found[0]
-    able = [k for k in KERNELS.values() if packed.format in k.formats]
+    able = [k for k in KERNELS.values() if k.triton and packed.format in k.formats]
     if not able:
         raise ValueError(f"no kernel multiplies {packed.format}; kernels are for {', '.join(FORMATS)}")
     reasons = "; ".join(unreachable(k, packed, tokens, device) or "" for k in able)

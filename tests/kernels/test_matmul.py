@@ -75,6 +75,11 @@ def packed(format="2:4", dtype=torch.float16, shape=(32, 64), **kw):
             lambda: matmul(torch.zeros(1, 64).half(), packed(), "int_mma"),
             "int_mma multiplies int3, int4, int8, 2:4.int4, not 2:4",
         ),
+        (
+            lambda: matmul(torch.zeros(1, 64).half(), packed(), "cusparselt"),
+            "needs a weight on a GPU and a torch with cuSPARSELt",
+        ),
+        (lambda: matmul(torch.zeros(1, 68).half(), packed(shape=(20, 68)), "cusparselt"), "multiples of 16"),
         (lambda: matmul(torch.zeros(9, 64).half(), packed(), "nm_gemv"), "nm_gemv takes up to 4 tokens, got 9"),
         (lambda: matmul(torch.zeros(1, 64).half(), packed().to("meta")), "x is on cpu, the packed weight on meta"),
         (lambda: matmul(torch.zeros(1, 64).half(), packed("int4", group_size=48), "int_mma"), "multiple of 64, got 48"),
@@ -89,7 +94,7 @@ def test_old_gpus_are_told(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
-    for kernel in dispatch.KERNELS.values():
+    for kernel in (k for k in dispatch.KERNELS.values() if k.triton):
         reason = dispatch.unreachable(
             kernel, packed(kernel.formats[0], group_size=128, shape=(32, 128)), 1, torch.device("cuda")
         )
