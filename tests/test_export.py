@@ -45,6 +45,7 @@ CASES = {
     "w8a8": ("smoothquant", {}, "float32", "compressed-tensors"),
     "awq": ("awq", {"bits": 4, "group_size": 32}, "float32", None),
     "2:4": ("wanda", {"pattern": "2:4"}, "float32", "dense"),
+    "2:4+int4": ("sparsegpt", {"pattern": "2:4", "bits": 4, "group_size": 32}, "float32", "compressed-tensors"),
     "nf4": ("nf4", {}, "float32", "bitsandbytes"),
     "nf4-double": ("nf4", {"double_quant": True}, "float32", "bitsandbytes"),
     "fp4": ("fp4", {}, "float32", "bitsandbytes"),
@@ -149,12 +150,14 @@ def test_awq_layout_holds_the_weights(model, tmp_path, symmetric):
 
 
 def test_pruned_layers_lie_packed_beside_the_dense_ones(model, tmp_path):
-    for method, params in (("magnitude", {"pattern": "2:4"}), ("wanda", {"sparsity": 0.6})):
+    both = {"pattern": "2:4", "bits": 4, "group_size": 32}
+    for method, params in (("magnitude", {"pattern": "2:4"}), ("wanda", {"sparsity": 0.6}), ("sparsegpt", both)):
         compressed = compress(model, method, params, TOKENS)
         done = export(compressed, None, tmp_path / method)
         packed = load_packed(done.path / "packed.safetensors")
         assert packed.keys() == compressed.stored.keys()
         for name, layer in packed.items():
+            assert layer.format == {"magnitude": "2:4", "wanda": "bitmap", "sparsegpt": "2:4+int4"}[method]
             assert torch.equal(unpack(layer), compressed.model.get_submodule(name).weight)
         assert (done.path / "packed.safetensors").stat().st_size < 0.8 * sum(
             4 * s.shape[0] * s.shape[1] for s in compressed.stored.values()

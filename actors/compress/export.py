@@ -83,7 +83,7 @@ def export(
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
         _save(compressed.model, tensors, quantization, temporary)
-        if format == "dense" and (packed := pack_pruned(compressed)):
+        if packed := pack_pruned(compressed):
             save_packed(packed, temporary / "packed.safetensors")
             notes.append(
                 "packed.safetensors holds the pruned layers in comptrust's packed form; "
