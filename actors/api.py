@@ -43,7 +43,10 @@ def compress(
     from . import models
     from .calibration import CalibrationConfig, calibrate
     from .compress import backends
+    from .compress.export import check_output
 
+    if output is not None:
+        check_output(output)
     foreign = backend not in ("comptrust", "bitsandbytes")
     if method not in methods.METHODS:
         raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
