@@ -265,6 +265,7 @@ def draws(effects: Effects, rows: Sequence[Row], metrics: Sequence[Metric]) -> d
     ``data``: int8 [cell, metric, draw] in steps of 1/127 of ``scale`` [cell, metric]; ``source``: int16 [draw, cell], the place of
     the cell whose row is drawn; both base64, little endian. None where nothing varies, or there are too many cells for the page.
     """
+    metrics = [m for m in metrics if m.id in (*DIMENSIONS, "trust", "worst_drop", "mmlu")]  # the others have no items
     ids = [m.id for m in metrics]
     sampler = Resampler(effects.results, [r["key"] for r in rows], ids, seed=0, items=effects.items)
     count = min(DRAWS, DRAW_BYTES // max(1, len(rows) * len(ids)))
