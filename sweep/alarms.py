@@ -246,14 +246,15 @@ def _silence(e: Effects, metrics: dict) -> Iterator[Alarm]:
                     d, severity, score=score, refused=refused, silent=silent,
                 )  # fmt: skip
     for effect in e.all:
-        if effect.delta is not None and effect.delta > BAND and (effect.refusal_change or 0) >= 0.2:
+        more = effect.refusal_change or 0.0
+        if effect.delta is not None and effect.delta > BAND and more >= 0.2:
             yield _alarm(
                 "gain_by_refusal",
                 e.rows[effect.key],
-                f"{effect.dimension} {effect.delta:+.1f} while refusals rose by {100 * effect.refusal_change:.0f} points",
+                f"{effect.dimension} {effect.delta:+.1f} while refusals rose by {100 * more:.0f} points",
                 effect.dimension,
                 delta=effect.delta,
-                refusal_change=effect.refusal_change,
+                refusal_change=more,
             )
 
 

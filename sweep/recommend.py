@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 QUALIFIES, FAILS, UNDECIDED, INVALID = "qualifies", "fails", "undecided", "invalid"
 RECOMMENDED, NONE = "recommended", "none"
 ALPHA = 0.05
+Limits = dict[str, Any]  # max_drop is a number; the others may be None
 _NEXT = {"smoke": "standard", "standard": "full"}
 
 
@@ -168,7 +169,7 @@ def _chosen(results: Results, where: str) -> list[Row]:
     return select(results, ["key"], where)
 
 
-def _check_limits(limits: dict[str, float | None]) -> None:
+def _check_limits(limits: Limits) -> None:
     options = {k: "--" + k.replace("_", "-") for k in limits}
     for name, value in limits.items():
         if value is not None and not math.isfinite(value):
@@ -208,7 +209,7 @@ def _explain_nothing(e: Effects, model: str | None) -> None:
 # -- one cell -------------------------------------------------------------------------------------------------------------
 
 
-def _candidate(e: Effects, row: Row, limits: dict[str, float | None]) -> Candidate:
+def _candidate(e: Effects, row: Row, limits: Limits) -> Candidate:
     checks, invalid = _checks(e, row, limits["max_drop"])
     hard, unknown = _constraints(row, limits)
     change = limits["max_refusal_change"]
@@ -306,7 +307,7 @@ def _why_open(c: Check, limit: float) -> str:
     return f"{text}; {c.n} unchanged prompts could bound it at {c.attainable:.1f}" if c.attainable > limit else text
 
 
-def _constraints(row: Row, limits: dict[str, float | None]) -> tuple[list[str], list[str]]:
+def _constraints(row: Row, limits: Limits) -> tuple[list[str], list[str]]:
     """(violated, not measured) among size and speed."""
     hard, unknown = [], []
     size, speed = limits["max_size_gb"], limits["min_tokens_s"]
@@ -352,7 +353,7 @@ def _excess(c: Candidate) -> float:
     return math.inf if b is None else b.upper if b.upper is not None else b.drop
 
 
-def _choose(e: Effects, rows: Sequence[Row], limits: dict[str, float | None]) -> Choice:
+def _choose(e: Effects, rows: Sequence[Row], limits: Limits) -> Choice:
     candidates = sorted((_candidate(e, r, limits) for r in rows), key=_order)
     good = [c for c in candidates if c.status == QUALIFIES]
     open_ = [c for c in candidates if c.status == UNDECIDED]
@@ -404,7 +405,7 @@ def _size(c: Candidate) -> str:
     return f"{c.size_bytes / 1e9:.3g} GB" if c.size_bytes else "size not recorded"
 
 
-def _would_admit(c: Candidate, limits: dict[str, float | None]) -> str | None:
+def _would_admit(c: Candidate, limits: Limits) -> str | None:
     """What would let a cell in: a looser limit, or more prompts."""
     b = c.binding
     if c.status == INVALID or b is None or b.upper is None:
@@ -442,7 +443,7 @@ def _best(choices: Sequence[Choice]) -> Choice:
     return min(choices, key=lambda c: (order[c.verdict], published(c), -trust(c), c.model, c.suite))
 
 
-def _summary(choices: Sequence[Choice], best: Choice, limits: dict[str, float | None]) -> str:
+def _summary(choices: Sequence[Choice], best: Choice, limits: Limits) -> str:
     if best.verdict == RECOMMENDED:
         cell = next(c for c in best.candidates if c.key == best.cell)
         return f"Deploy {best.model} {cell.cell} ({best.cell[:8]}): {best.reasons[1]}"

@@ -83,7 +83,8 @@ def bootstrap(
 
 def _quantiles(t: Array, level: float) -> Array:
     """Both ends of the central ``level``, as drawn: interpolation between infinite t would give nan."""
-    return np.quantile(t, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    at = [max(0, math.ceil(p * len(t)) - 1) for p in ((1 - level) / 2, (1 + level) / 2)]
+    return np.sort(t)[at]
 
 
 def _finite(bounds: tuple[float, float]) -> bool:
