@@ -130,7 +130,7 @@ class Builtin:
     name: str = "minilm-ngrams"
     encoder: Encoder = field(default_factory=Encoder)
 
-    @cached_property
+    @property
     def version(self) -> str:
         """Digest of the trained numbers; needs neither MiniLM nor any loading."""
         return hashlib.sha256(_trained()).hexdigest()[:12]
@@ -156,6 +156,7 @@ class Builtin:
         return round(float(1 / (1 + np.exp(-logit))), 4)  # far finer than what it is off by
 
 
+@cache
 def _trained() -> bytes:
     return (files("comptrust.actors.data") / "toxicity.safetensors").read_bytes()
 
@@ -217,7 +218,9 @@ class Hub:
 
         out: list[float | None] = [None] * len(texts)
         order = sorted((i for i, t in enumerate(texts) if t.strip()), key=lambda i: len(texts[i]))
-        tokenizer, model, at = self._model if order else (None, None, 0)
+        if not order:
+            return out
+        tokenizer, model, at = self._model
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=512, return_tensors="pt")
