@@ -180,8 +180,11 @@ class Record:
         return table
 
     def get_tensors(self, path: str) -> dict[str, Any] | None:
-        from safetensors.torch import load
+        from safetensors.torch import load, load_file
 
+        if self.local:  # mapped, not copied: a reference is 200 MB and more
+            full = Path(self.root, path)
+            return load_file(full) if full.exists() else None
         data = self.get(path)
         return None if data is None else load(data)
 

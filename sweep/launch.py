@@ -219,6 +219,7 @@ def _launch(
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     with view.stage("starting Ray"):
         connect(address)
@@ -239,7 +240,12 @@ def _launch(
         ordered = order(todo, workers)
         pool = (
             ray.remote(PoolActor)
-            .options(name=f"comptrust-{identity}-{run}-pool", num_cpus=0, max_concurrency=10_000)
+            .options(
+                name=f"comptrust-{identity}-{run}-pool",
+                num_cpus=0,
+                max_concurrency=10_000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+            )
             .remote(
                 f"comptrust-{identity}-{run}",
                 [c.model_dump(mode="json") for c in ordered],
@@ -358,10 +364,13 @@ def _times(need: Need, have: dict[str, float]) -> int:
 
 def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record: str, scratch: str) -> None:
     """Tune enumerates; a trial costs a small CPU share and a reused process."""
+    import ray
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    trainable = tune.with_resources(_trainable(), {"cpu": 0.01})
+    # On the driver's own node: a coordinator that dies with some other node would leave its worker without an owner.
+    here = [{"ray.io/node-id": ray.get_runtime_context().get_node_id()}]
+    trainable = tune.with_resources(_trainable(), tune.PlacementGroupFactory([{"CPU": 0.01}], bundle_label_selector=here))
     timeout, attempts = config.resources.timeout_s, config.resources.attempts
     tuner = tune.Tuner(
         trainable,
@@ -371,7 +380,9 @@ def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record
         },
         tune_config=tune.TuneConfig(max_concurrent_trials=min(workers + 1, len(cells)), reuse_actors=True),
         run_config=tune.RunConfig(
-            storage_path=scratch, name="tune", verbose=0, checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)
+            storage_path=scratch,
+            failure_config=tune.FailureConfig(max_failures=5),  # of the coordinator's process; a cell's failure is no trial's
+            name="tune", verbose=0, checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)
         ),
     )  # fmt: skip
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -466,6 +477,7 @@ class RayWorker:
         self.pool, self.number, self.last = pool, number, 0.0
         module, _, name = executor.partition(":")
         self.worker = getattr(import_module(module), name)(config, self._progress)
+        self.record = Record(config.record)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -474,10 +486,19 @@ class RayWorker:
             self.pool.progress.remote(self.number, stage, done, total)
 
     def prepare(self, cell: Cell) -> None:
-        self.worker.prepare(cell)
+        if self._committed(cell) is None:
+            self.worker.prepare(cell)
 
     def evaluate(self, cell: Cell, attempt: int, batch_scale: float) -> dict[str, Any]:
-        return self.worker.evaluate(cell, attempt, batch_scale)
+        return self._committed(cell) or self.worker.evaluate(cell, attempt, batch_scale)
+
+    def _committed(self, cell: Cell) -> dict[str, Any] | None:
+        """The stored row, if a coordinator that died since had this cell computed: its successor asks for it again."""
+        table = self.record.get_table(f"cells/{cell.key}.parquet")
+        if table is None:
+            return None
+        metrics = self.record.get_table(f"metrics/{cell.key}.parquet")
+        return {**table.to_pylist()[0], "metrics": metrics.to_pylist() if metrics is not None else []}
 
 
 def _trainable() -> Any:

@@ -72,9 +72,14 @@ class Pool:
     # -- coordinators -------------------------------------------------------------------------------------------------
 
     async def acquire(self, key: str, model: str, dense: bool, need: Need) -> tuple[int, Any]:
-        """A worker for this cell; waits until there is one."""
-        request = Request(key, model, dense, need, asyncio.get_running_loop().create_future())
-        self.waiting.append(request)
+        """A worker for this cell; waits until there is one. A cell whose coordinator died has its worker already."""
+        for slot in self.slots.values():
+            if slot.key == key:
+                return slot.id, slot.handle
+        request = next((r for r in self.waiting if r.key == key), None)
+        if request is None:
+            request = Request(key, model, dense, need, asyncio.get_running_loop().create_future())
+            self.waiting.append(request)
         self.states[key] = "waiting"
         self._schedule()
         while not request.future.done():

@@ -44,7 +44,7 @@ class Sweep:
     def lines(self) -> list[list[str]]:
         return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
-    def wait_for(self, word: str, count: int, timeout: float = 120) -> None:
+    def wait_for(self, word: str, count: int, timeout: float = 200) -> None:
         end = time.monotonic() + timeout
         while sum(line[0] == word for line in self.lines()) < count:
             assert time.monotonic() < end, f"no {count} x {word!r}: {self.lines()}"

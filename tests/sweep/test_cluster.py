@@ -1,0 +1,124 @@
+"""A real two-raylet cluster: sweeps on it, a node that leaves and one that joins, and the two launch files that ship."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from comptrust.sweep.results import load_results
+from conftest import sweep_dict
+from ruamel.yaml import YAML
+from test_faults import CELLS, Sweep
+
+HERE = Path(__file__).parent
+CLUSTER = HERE.parent.parent / "conf" / "cluster"
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    """Head and one more node, one CPU each; its workers inherit this environment."""
+    monkeypatch.setenv("SYNTHETIC_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("SYNTHETIC_SLEEP", "0.6")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+class OnCluster(Sweep):
+    """A sweep on a running cluster."""
+
+    def __init__(self, tiny: Path, folder: Path, address: str, seconds: float = 0.4, **more) -> None:
+        super().__init__(tiny, folder, seconds, **more)
+        self.address = address
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "drive.py"), str(self.yaml), str(self.results), "--address", self.address],
+            env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+
+def nodes_used(sweep: Sweep) -> int:
+    return len({line[2] for line in sweep.lines() if line[0] == "start"})
+
+
+def test_a_node_leaves_and_another_joins(tiny, tmp_path, cluster):
+    """Cells of the lost node are computed elsewhere; what it had committed is not."""
+    leaving = cluster.add_node(num_cpus=1)
+    sweep = OnCluster(tiny, tmp_path, cluster.address, 0.6)
+    driver = sweep.start()
+    sweep.wait_for("start", 3)
+    cluster.remove_node(leaving, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    out, err = driver.communicate(timeout=240)
+    assert driver.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["done"] == CELLS
+    sweep.check()
+
+
+def test_the_same_cluster_serves_a_stopped_sweep_again(tiny, tmp_path, cluster):
+    """The driver dies, the cluster stays: nothing of the old run lingers on it, and the new run goes on."""
+    sweep = OnCluster(tiny, tmp_path, cluster.address, 0.5)
+    driver = sweep.start()
+    sweep.wait_for("done", 2)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(timeout=30)
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS, err
+    sweep.check()
+    assert nodes_used(sweep) >= 2
+
+
+def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):
+    """Its entrypoint, with the sweep and place of this test, on the two-raylet cluster; versions as installed."""
+    job = YAML(typ="safe").load((CLUSTER / "rayjob.yaml").read_text())
+    assert job["kind"] == "RayJob" and job["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
+    words = job["spec"]["entrypoint"].split()
+    assert words[:2] == ["comptrust", "run"]
+    sweep = tmp_path / "sweep.yaml"
+    config = sweep_dict([tiny], tmp_path / "unused")
+    config["methods"] = [{"method": "rtn", "bits": 4, "group_size": 32}]
+    sweep.write_text(json.dumps(config))
+    words[2] = str(sweep)
+    words[words.index("--results") + 1] = str(tmp_path / "results")
+    words[words.index("--address") + 1] = cluster.address
+    done = subprocess.run([sys.executable, "-m", "comptrust.sweep", *words[1:]], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert load_results(tmp_path / "results").rows("select count(*) n from results") == [{"n": 2}]
+
+
+@pytest.mark.slow
+def test_slurm_file_starts_a_sweep(tiny, tmp_path):
+    """The script under a stub srun and scontrol, as a job of one node: the real `ray symmetric-run` and the real sweep."""
+    script = CLUSTER / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (bin_ / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    for stub in bin_.iterdir():
+        stub.chmod(0o755)
+    config = sweep_dict([tiny], tmp_path / "unused")
+    config["methods"] = [{"method": "rtn", "bits": 4, "group_size": 32}]
+    (tmp_path / "sweep.yaml").write_text(json.dumps(config))
+    env = {
+        **os.environ, "PATH": os.pathsep.join([str(bin_), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SWEEP": str(tmp_path / "sweep.yaml"), "RESULTS": str(tmp_path / "results"), "PORT": "6399", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+    }  # fmt: skip
+    start = time.monotonic()
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=400, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert load_results(tmp_path / "results").rows("select count(*) n from results") == [{"n": 2}]
+    assert time.monotonic() - start < 300
