@@ -131,16 +131,12 @@ def name_cells(rows: Sequence[Row]) -> list[str]:
         for i, row in enumerate(rows):
             same.setdefault((row["model"], names[i]), []).append(i)
         for cells in same.values():
-            values = [_source(rows[i][column]) if column == "calibration" else rows[i][column] for i in cells]
+            values = [rows[i][column] for i in cells]
             if len(set(map(str, values))) > 1:
                 for i, value in zip(cells, values, strict=True):
                     if value is not None:
                         names[i] = f"{names[i]} {text.format(value)}"
     return names
-
-
-def _source(calibration: str | None) -> str | None:
-    return None if calibration is None else str(json.loads(calibration).get("source"))
 
 
 def groups(rows: Sequence[Row]) -> list[str]:
@@ -163,7 +159,7 @@ def facts(row: Row) -> list[tuple[str, str]]:
     for column, name in _FACTS.items():
         value = row[column]
         if value not in (None, "", "{}"):
-            out.append((name, _pairs(value) if column in ("params", "calibration") else _text(value)))
+            out.append((name, _pairs(value) if column == "params" else _text(value)))
     return out
 
 
@@ -173,7 +169,7 @@ def _text(value: Any, unit: str = "") -> str:
 
 
 def _pairs(text: str) -> str:
-    return ", ".join(f"{k} {v}" for k, v in json.loads(text).items() if v not in (None, [], ""))
+    return ", ".join(f"{k} {v}" for k, v in json.loads(text).items() if v not in (None, [], {}, ""))
 
 
 def used_metrics(rows: Iterable[Row]) -> list[Metric]:
