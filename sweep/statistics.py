@@ -179,7 +179,7 @@ def paired_bootstrap(effects_GK: ArrayLike, *, level: float = 0.95, draws: int =
             # A resample without spread has an infinite t: it counts against significance, and its centre carries none (nan).
             col = np.where(np.isnan(col), 0.0, col)
             p = (1 + int((np.abs(col) >= abs(m / s) - 1e-12).sum())) / (draws + 1)
-            high_t, low_t = np.quantile(col, [(1 - level) / 2, (1 + level) / 2])
+            high_t, low_t = _quantiles(col, level)
             out.append(Paired(m, m - float(low_t) * s, m - float(high_t) * s, p, g))
     return out
 
