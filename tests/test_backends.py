@@ -228,10 +228,16 @@ def test_as_a_ray_task_in_the_backends_python(ref, dense, tokens):
 
 
 @pytest.mark.backends
-def test_autoawq_without_its_shim_is_refused_and_what_it_would_give_is_recognised(ref, dense, tokens, tmp_path):
+def test_autoawq_without_its_shim_is_refused(ref, dense, tokens):
     installed("autoawq")
     with pytest.raises(CellError, match="refused: on a CPU"):
         through(dense, "autoawq", "awq", {"group_size": 64}, tokens, ref, shim=False, via="subprocess")
+
+
+@pytest.mark.backends
+def test_the_reason_to_refuse_it_is_real(ref, dense, tokens, tmp_path):
+    """Left to itself on a CPU, AutoAWQ ends further from the dense model than with copies, and says nothing."""
+    installed("autoawq")
     np.save(tmp_path / "tokens.npy", tokens.numpy())
     job = {
         "model": str(backends._checkpoint(ref, tmp_path / "model", None)), "tokens": str(tmp_path / "tokens.npy"),
@@ -240,5 +246,5 @@ def test_autoawq_without_its_shim_is_refused_and_what_it_would_give_is_recognise
     }  # fmt: skip
     backends._run_by_subprocess("autoawq", PINS / "autoawq.py", job, tmp_path, None)
     corrupt = read_checkpoint(tmp_path / "out", dense)
-    with pytest.raises(CellError, match="noise"):
-        check_drift("autoawq", corrupt, dense, tokens)
+    right = through(dense, "autoawq", "awq", {"group_size": 64}, tokens, ref, via="subprocess")
+    assert check_drift("x", corrupt, dense, tokens, None) > check_drift("x", right, dense, tokens, None)

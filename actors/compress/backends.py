@@ -423,9 +423,9 @@ def _run_by_ray(name: str, script: Path, job: dict[str, Any]) -> None:
     call = types.FunctionType(_in_environment.__code__, {"__builtins__": __builtins__}, "run_backend")
     call.__module__ = "__main__"
     visible = {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES",) if k in os.environ}
-    task = ray.remote(call).options(
+    # max_calls: the shims change the library in its process, so no second job goes there.
+    task = ray.remote(max_calls=1)(call).options(
         num_cpus=0,
-        max_calls=1,  # the shims change the library in its process: no second job there
         max_retries=0,
         runtime_env={"py_executable": str(environment(name) / "bin" / "python"), "env_vars": visible},
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
