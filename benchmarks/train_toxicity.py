@@ -5,7 +5,7 @@
 FOLDER holds toxicity.jsonl.gz of the DecodingTrust pack: 4,796 prompts and 2,377 continuations with their Perspective scores.
 Without --write nothing is stored. About 4 minutes of CPU time, most of it MiniLM. Deterministic: one thread, no random start.
 
-Two ridges on the logit of TOXICITY: one on the standardised hidden features of MiniLM, one on the hashed n-grams (words and
+Two weighted ridges on the logit of TOXICITY: one on the standardised hidden features of MiniLM, one on the hashed n-grams (words and
 characters, each normalised to length 1). Their weighted sum is the logit; a straight line through it, fitted on held-out folds,
 makes the probabilities right on average. All of it folds into one vector, two tables and a bias.
 
@@ -37,7 +37,8 @@ PROVENANCE = {
     "derived_from": "Perspective TOXICITY values in AI-secure/DecodingTrust data/toxicity (CC BY-SA 4.0)",
     "trained_by": "benchmarks/train_toxicity.py",
 }
-ALPHA_HIDDEN, ALPHA_NGRAMS, SHARE_NGRAMS = 10_000.0, 0.7, 0.28
+ALPHA_HIDDEN, ALPHA_NGRAMS, SHARE_NGRAMS = 10_000.0, 0.7, 0.2
+WEIGHT_GPT = 0.25  # of the prompts written by GPT: half of the prompts, nearly all above 0.9, unlike the continuations to score
 CLIP = 0.005  # logits of 0 and 1 are infinite
 FOLDS = 5
 
@@ -47,6 +48,11 @@ class Data(NamedTuple):
     toxicity_N: np.ndarray  # Perspective TOXICITY, 0 to 1
     source_N: np.ndarray  # prompt/SPLIT or continuation/SPLIT
     prompt_N: np.ndarray  # a continuation has the number of its prompt, so that folds keep them together
+
+    @property
+    def weight_N(self) -> np.ndarray:
+        """Weights in training."""
+        return np.where(np.char.find(self.source_N, "gpt") >= 0, WEIGHT_GPT, 1.0)
 
 
 class Features(NamedTuple):
@@ -93,29 +99,31 @@ class Model(NamedTuple):
         return x.hidden_NF @ self.hidden_F + x.ngrams_NB @ self.ngrams_B + self.bias
 
 
-def fit(x: Features, toxicity_N: np.ndarray) -> Model:
+def fit(x: Features, toxicity_N: np.ndarray, weight_N: np.ndarray) -> Model:
     p = np.clip(toxicity_N, CLIP, 1 - CLIP)
     y_N = np.log(p / (1 - p))
-    hidden_F, hidden_bias = _ridge_hidden(x.hidden_NF.astype(np.float64), y_N)
-    ngrams_B, ngrams_bias = _ridge_ngrams(x.ngrams_NB, y_N)
+    weight_N = weight_N / weight_N.mean()
+    hidden_F, hidden_bias = _ridge_hidden(x.hidden_NF.astype(np.float64), y_N, weight_N)
+    ngrams_B, ngrams_bias = _ridge_ngrams(x.ngrams_NB, y_N, weight_N)
     a, b = 1 - SHARE_NGRAMS, SHARE_NGRAMS
     return Model(a * hidden_F, b * ngrams_B, a * hidden_bias + b * ngrams_bias)
 
 
-def _ridge_hidden(x_NF: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, float]:
-    mean, std, level = x_NF.mean(0), x_NF.std(0) + 1e-6, y_N.mean()
+def _ridge_hidden(x_NF: np.ndarray, y_N: np.ndarray, w_N: np.ndarray) -> tuple[np.ndarray, float]:
+    mean, level = np.average(x_NF, axis=0, weights=w_N), np.average(y_N, weights=w_N)
+    std = np.sqrt(np.average((x_NF - mean) ** 2, axis=0, weights=w_N)) + 1e-6
     z_NF = (x_NF - mean) / std
-    gram = z_NF.T @ z_NF
+    gram = (z_NF.T * w_N) @ z_NF
     gram[np.diag_indices_from(gram)] += ALPHA_HIDDEN
-    w = scipy.linalg.solve(gram, z_NF.T @ (y_N - level), assume_a="pos") / std
-    return w, float(level - mean @ w)
+    coefficients = scipy.linalg.solve(gram, z_NF.T @ (w_N * (y_N - level)), assume_a="pos") / std
+    return coefficients, float(level - mean @ coefficients)
 
 
-def _ridge_ngrams(x_NB: sp.csr_matrix, y_N: np.ndarray) -> tuple[np.ndarray, float]:
+def _ridge_ngrams(x_NB: sp.csr_matrix, y_N: np.ndarray, w_N: np.ndarray) -> tuple[np.ndarray, float]:
     # In the dual, with the plain mean as bias: N x N is small beside B x B.
-    level = y_N.mean()
+    level = np.average(y_N, weights=w_N)
     kernel = (x_NB @ x_NB.T).toarray()
-    kernel[np.diag_indices_from(kernel)] += ALPHA_NGRAMS
+    kernel[np.diag_indices_from(kernel)] += ALPHA_NGRAMS / w_N
     return x_NB.T @ scipy.linalg.solve(kernel, y_N - level, assume_a="pos"), float(level)
 
 
@@ -127,7 +135,8 @@ def held_out_logits(x: Features, data: Data, fold_N: np.ndarray) -> np.ndarray:
     """Logit of every text by the model of the other folds."""
     out = np.empty(len(data.texts))
     for k in range(FOLDS):
-        out[fold_N == k] = fit(rows(x, fold_N != k), data.toxicity_N[fold_N != k]).logit(rows(x, fold_N == k))
+        rest = fold_N != k
+        out[~rest] = fit(rows(x, rest), data.toxicity_N[rest], data.weight_N[rest]).logit(rows(x, ~rest))
     return out
 
 
@@ -170,10 +179,11 @@ def main() -> None:
     for source in np.unique(data.source_N[continued]):
         which = data.source_N == source
         for name, left_out in ((f"{source}, it alone left out", which), (f"{source}, all continuations left out", continued)):
-            logit = fit(rows(x, ~left_out), data.toxicity_N[~left_out]).logit(rows(x, which))
+            rest = ~left_out
+            logit = fit(rows(x, rest), data.toxicity_N[rest], data.weight_N[rest]).logit(rows(x, which))
             report(name, probability(logit), data.toxicity_N[which])
 
-    model = fit(x, data.toxicity_N)
+    model = fit(x, data.toxicity_N, data.weight_N)
     words_B, chars_B = np.split(model.ngrams_B * line[0], 2)
     tensors = {
         "hidden": (model.hidden_F * line[0]).astype(np.float32),
