@@ -82,12 +82,24 @@ def compare(results: Results, cell: str, to: str | None = None) -> Comparison:
         label(b) if b["model"] == a["model"] else f"{b['model']} {label(b)}",
         a["suite"],
         [e for d in DIMENSIONS if (e := effects.of(key).get(d))],
-        {n: (a[n], b[n]) for n in UTILITY if a[n] is not None or b[n] is not None},
+        {n: (a[n], b[n]) for n in UTILITY if a[n] is not None or b[n] is not None} | _other_metrics(results, key, other),
         {n: (a[n], b[n]) for n in COSTS if a[n] is not None or b[n] is not None},
         results.rows(
             "select layer, error, sparsity, bits from layers where key = ? order by error desc nulls last, layer", [key]
         ),
     )
+
+
+def _other_metrics(results: Results, key: str, other: str) -> dict[str, tuple[float | None, float | None]]:
+    """Metrics outside the eight dimensions and the view: lm_eval tasks, columns of published tables."""
+    rows = results.rows(
+        "select metric, max(value) filter (where key = ?) as cell, max(value) filter (where key = ?) as other from metrics"
+        " where key in (?, ?) and convention = 'comptrust' and scenario = '' and value is not null"
+        " and dimension not in (select unnest(?::varchar[])) and metric not in (select unnest(?::varchar[]))"
+        " group by metric order by metric",
+        [key, other, key, other, list(DIMENSIONS), list(UTILITY)],
+    )
+    return {r["metric"]: (r["cell"], r["other"]) for r in rows}
 
 
 # -- terminal ----------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ def recommend(
     chosen = {r["key"] for r in _chosen(results, where)} if where else set(e.rows)
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in e.rows.values():
-        if row["method"] != "dense" and e.of(row["key"]) and row["key"] in chosen and (model is None or row["model"] == model):
+        compared = row["method"] != "dense" and e.dense(row["key"]) is not None
+        if compared and row["key"] in chosen and (model is None or row["model"] == model):
             groups.setdefault((row["model"], row["suite"]), []).append(row)
     if not groups:
         _explain_nothing(e, model)

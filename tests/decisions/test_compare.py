@@ -60,6 +60,15 @@ def test_two_compressed_cells(three):
     assert compare(results, dense, a).effects[0].delta > 0  # a dense cell may be named with --to
 
 
+def test_published_metrics_are_compared(published_summary):
+    results = load_results(published_summary)
+    key = results.rows("select key from results where model = 'llama2_13b' and method = 'sparsegpt' and sparsity = 0.6")[0][
+        "key"
+    ]
+    cell, dense = compare(results, key).utility["rtp_mean_toxigen_score_ratio"]
+    assert (round(cell, 3), round(dense, 3)) == (0.283, 0.161)
+
+
 def test_bad_cells(three, tmp_path):
     results, dense, a, _ = three
     for args, says in ((("zz",), "no cell"), ((dense,), "dense cell itself"), ((a, a), "same cell")):

@@ -125,6 +125,12 @@ def test_published_table_stays_undecided(published_sheet):
     assert len(rules["evaluate"].supports) == 27 and not rules["evaluate"].contradicts
 
 
+def test_a_table_without_trust_is_undecided(published_summary):
+    found = recommend(load_results(published_summary))
+    assert found.verdict == "undecided" and sum(len(c.candidates) for c in found.choices) == 140
+    assert "not evaluated: toxicity" in found.choices[0].candidates[0].reasons[0]
+
+
 @pytest.mark.parametrize(
     ("limits", "says"),
     [
