@@ -108,6 +108,17 @@ def calibrate(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, *, 
     return Calibration(torch.from_numpy(ids), token_digest(ids), tokenizer.batch_decode(ids))
 
 
+def default_size(source: str) -> dict[str, int]:
+    """``samples`` and ``seqlen`` for one source where nobody chose: all of a ``.npy`` file, 16 x 512 of the built-in text (it has
+    no more), else the published 128 x 2048. BadInput if a ``.npy`` file cannot be read."""
+    if source == "builtin":
+        return {"samples": 16, "seqlen": 512}
+    if source.endswith(".npy"):
+        rows, length = _load_ids(_file(source, "--calibration"), "--calibration").shape
+        return {"samples": rows, "seqlen": length}
+    return {"samples": 128, "seqlen": 2048}
+
+
 def calibration_digest(config: CalibrationConfig, ref: ModelRef, *, where: str = "calibration") -> str:
     """Digest that ``calibrate`` would give, remembered on disk, so that a second start tokenises nothing.
 
@@ -200,14 +211,9 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
     return np.array(rows, dtype=np.int64)
 
 
-def _stored_windows(file: Path, samples: int, config: CalibrationConfig, vocabulary: int, where: str) -> np.ndarray:
+def _load_ids(file: Path, at: str) -> np.ndarray:
     import numpy as np
 
-    at = f"{where}.source"
-    if config.template:
-        raise BadInput(
-            f"{file} holds token ids, which no template can wrap", where=f"{where}.template", fix="Set template: false"
-        )
     try:
         ids = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -216,6 +222,17 @@ def _stored_windows(file: Path, samples: int, config: CalibrationConfig, vocabul
         ) from error
     if ids.dtype != np.int64 or ids.ndim != 2:
         raise BadInput(f"{file} holds {ids.dtype} {list(ids.shape)}", where=at, fix="Give int64 token ids [samples, seqlen]")
+    return ids
+
+
+def _stored_windows(file: Path, samples: int, config: CalibrationConfig, vocabulary: int, where: str) -> np.ndarray:
+
+    at = f"{where}.source"
+    if config.template:
+        raise BadInput(
+            f"{file} holds token ids, which no template can wrap", where=f"{where}.template", fix="Set template: false"
+        )
+    ids = _load_ids(file, at)
     rows, length = ids.shape
     if rows < samples or length < config.seqlen:
         raise BadInput(

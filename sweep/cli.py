@@ -287,14 +287,15 @@ def compress(
     calibration: Annotated[
         str, typer.Option(metavar="FILE", help="builtin, .txt, .jsonl (text), .npy token ids, or hub:...")
     ] = "builtin",
-    samples: Annotated[int, typer.Option()] = 128,
-    seqlen: Annotated[int, typer.Option()] = 2048,
+    samples: Annotated[int | None, typer.Option(help="Windows; default: 128, 16 of builtin, all of a .npy.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window; default: 2048, 512 of builtin, as in a .npy.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     set_: SetOpt = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: bfloat16 with a GPU.")] = None,
 ) -> None:
     """One compressed checkpoint that transformers loads."""
     from ..actors.api import compress as make
+    from ..actors.calibration import default_size
 
     params = {"bits": bits, "group_size": group_size, "sparsity": sparsity, "pattern": pattern}
     from .config import parse_yaml
@@ -304,7 +305,8 @@ def compress(
         if not eq:
             raise BadInput(f"{text!r} is no override", where="--set", fix="Write --set name=value, e.g. --set damping=0.05.")
         params[name] = parse_yaml(value, f"--set {name}")
-    spec = {"source": calibration, "samples": samples, "seqlen": seqlen, "seed": seed}
+    chosen = {k: v for k, v in {"samples": samples, "seqlen": seqlen}.items() if v is not None}
+    spec = {"source": calibration, **default_size(calibration), **chosen, "seed": seed}
     done = make(
         model, method, {k: v for k, v in params.items() if v is not None}, output, calibration=spec, backend=backend, dtype=dtype,
         progress=_progress_line(),

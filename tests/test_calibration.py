@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from comptrust.actors import calibration, models
-from comptrust.actors.calibration import Calibration, CalibrationConfig, calibrate, calibration_digest, overlap, token_digest
+from comptrust.actors.calibration import (
+    Calibration,
+    CalibrationConfig,
+    calibrate,
+    calibration_digest,
+    default_size,
+    overlap,
+    token_digest,
+)
 from comptrust.actors.errors import BadInput
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +131,15 @@ def test_npy_rows_are_taken_in_order(tokenizer, tmp_path):
     np.save(tmp_path / "ids.npy", ids)
     made = calibrate(CalibrationConfig(source=str(tmp_path / "ids.npy"), samples=4, seqlen=32, seed=9), tokenizer)
     assert np.array_equal(made.tokens.numpy(), ids[:4, :32])
+
+
+def test_sizes_nobody_chose_fit_their_source(tokenizer, tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros((3, 33), np.int64))
+    assert default_size(str(tmp_path / "ids.npy")) == {"samples": 3, "seqlen": 33}
+    assert default_size("long.txt") == {"samples": 128, "seqlen": 2048}
+    assert calibrate(CalibrationConfig(**default_size("builtin")), tokenizer).tokens.numel() == 16 * 512
+    with pytest.raises(BadInput, match="no file"):
+        default_size("nowhere.npy")
 
 
 def test_a_template_wraps_every_window(tokenizer):
