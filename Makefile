@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
+# Files of tests run side by side on two cores; much of their time is waiting for processes to start.
 .PHONY: quickstart install test test-fast lint types test-slow test-backends schema clean
 
 quickstart: $(VENV)/.quickstart
@@ -30,7 +31,7 @@ install: $(VENV)/.test
 test: $(VENV)/.test lint types test-fast
 
 test-fast: $(VENV)/.test
-	$(PYTEST) -m 'not slow and not backends'
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends' -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -140,3 +140,16 @@ def test_package_lists_match_the_folders():
         if "__pycache__" not in p.parts
     }
     assert found <= listed, found - listed
+
+
+def test_a_wheel_holds_all_that_runs(tmp_path):
+    """Every module and every data file of the tree is in the wheel: a cluster gets nothing else."""
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    tracked = subprocess.run(["git", "ls-files", "actors", "sweep", "kernels", "conf"], capture_output=True, text=True, cwd=ROOT)
+    missing = [f for f in tracked.stdout.split() if f"comptrust/{f}" not in held]
+    assert not missing
