@@ -172,6 +172,7 @@ def test_the_card_names_the_cell_and_what_was_measured(model, tmp_path):
     done = export(
         compressed, None, tmp_path / "out", cell=cell, measured={"perplexity": 12.345678, "trust": 61.0, "mmlu": None}
     )
+    assert {p.stat().st_mode & 0o777 for p in done.path.iterdir()} == {0o644}
     text = (done.path / "README.md").read_text()
     for part in ("base_model: org/name", cell.artifact_key, cell.key, "d1735", "| perplexity | 12.35 |", "| trust | 61 |"):
         assert part in text

@@ -93,6 +93,8 @@ def export(
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card(compressed, format, notes, cell, measured), encoding="utf-8")
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # the writer of safetensors leaves them to their owner alone
         if out.exists():
             out.rmdir()
         os.rename(temporary, out)
