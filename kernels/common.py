@@ -1,5 +1,7 @@
 """What the Triton kernels share: reading 16-bit pairs, the second pass of a split reduction, how often to split."""
 
+# pyright: reportGeneralTypeIssues=false
+# (a checker takes Triton code for plain Python)
 from __future__ import annotations
 
 import torch

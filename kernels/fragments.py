@@ -1,5 +1,7 @@
 """What the tensor-core kernels over fragment-ordered weights share: PTX, the plan of a launch, storing the C fragment."""
 
+# pyright: reportAssignmentType=false
+# (a checker takes Triton code for plain Python)
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """int3, int4, int8 and 2:4+int4 in plain Triton: dequantise in registers, multiply densely. Fallback of ``int_mma``."""
 
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# (a checker takes the annotation tl.constexpr for the type of the value)
 from __future__ import annotations
 
 import torch
@@ -82,7 +84,7 @@ def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     (M, K), N, t = x_TI.shape, packed.shape[0], packed.tensors
     spec = FORMATS[packed.format]
     q = t["low"] if spec.bits == 3 else t["codes"]
-    group, BN = packed.group_size, 16 if interpreting() else 64
+    group, BN = packed.group_size or K, 16 if interpreting() else 64
     BK = next((b for b in (128, 64, 32) if group % b == 0), 64)
     BM = min(64, max(16, triton.next_power_of_2(M)))
     S = splits(triton.cdiv(N, BN) * triton.cdiv(M, BM), triton.cdiv(K, BK))

@@ -5,6 +5,8 @@ two at a time; adding -(128 + zero) leaves the whole number q - zero exactly. Th
 float32 result, once a step of 32 to 128 columns: no product is ever rounded to 16 bits. About 2 instructions a weight.
 """
 
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# (a checker takes the annotation tl.constexpr for the type of the value)
 from __future__ import annotations
 
 import torch
@@ -227,7 +229,7 @@ def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     plan = Plan(x_TI, N, KT, step, pack_x=packed.format == "2:4+int4", most=4)
     y = plan.output()
     q = t["low"] if packed.format == "int3" else t["codes"]
-    group = KT if packed.group_size >= I else packed.group_size // step
+    group = KT if (packed.group_size or I) >= I else packed.group_size // step
     int_mma[plan.grid](
         plan.x, q, t.get("high", q), t.get("index", q), t["scale"], t.get("zero", q), y,
         plan.M, N, plan.K2, KT, plan.T8, plan.per,

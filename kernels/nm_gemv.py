@@ -4,6 +4,8 @@ Nothing is expanded: y_n = sum_j v_j x[position_j]. One kernel serves 2:4 (2-bit
 positions in groups of 16). The activations (10-28 KB a token) stay in L1, where they are gathered from.
 """
 
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# (a checker takes the annotation tl.constexpr for the type of the value)
 from __future__ import annotations
 
 import torch

@@ -5,6 +5,8 @@ them to the instruction as they are: 9 bits and under one instruction a weight. 
 programs share the columns, and their float32 results are added in a fixed order.
 """
 
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# (a checker takes the annotation tl.constexpr for the type of the value)
 from __future__ import annotations
 
 import torch
