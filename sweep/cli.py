@@ -242,13 +242,16 @@ def claims(results: ResultsArg, format: FormatOpt = TextFormat.table) -> None:
 def report(
     results: ResultsArg,
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    max_drop: Annotated[float | None, typer.Option(help="As in `recommend`: largest fall accepted, points.")] = None,
+    max_size_gb: Annotated[float | None, typer.Option(help="As in `recommend`: largest size accepted, GB.")] = None,
+    max_refusal_change: Annotated[float | None, typer.Option(help="As in `recommend`: 0-1.")] = None,
 ) -> None:
     """One self-contained page: recommendation, heatmap, frontier, claims, alarms, failures, items."""
     from .report import build
     from .results import load_results
 
-    path = build(load_results(results), output)
-    print(path)
+    limits = {"max_drop": max_drop, "max_size_gb": max_size_gb, "max_refusal_change": max_refusal_change}
+    print(build(load_results(results), output, **{k: v for k, v in limits.items() if v is not None}))
 
 
 @app.command("import")

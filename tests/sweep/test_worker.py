@@ -1,0 +1,164 @@
+"""The worker on a tiny model, in this process: what it commits, that it repeats itself exactly, and what survives a kill."""
+
+from __future__ import annotations
+
+import pytest
+from comptrust.actors.actor import Worker, WorkerConfig, dense_of
+from comptrust.actors.errors import CellError
+from comptrust.actors.evaluate.protocol import Outcome
+from comptrust.actors.record import Record
+from comptrust.sweep.config import load_config
+from comptrust.sweep.grid import expand
+from comptrust.sweep.rescore import rescore
+from comptrust.sweep.results import load_results
+from conftest import sweep_dict
+
+
+@pytest.fixture(scope="module")
+def grid(tiny, tmp_path_factory):
+    config = sweep_dict([tiny], tmp_path_factory.mktemp("results"))
+    config["methods"] = [
+        {"method": "gptq", "bits": 3, "group_size": 32},
+        {"method": "nf4"},
+        {"method": "wanda", "pattern": "2:4"},
+    ]
+    return load_config(config), expand(load_config(config)).cells
+
+
+def worker(config, folder, progress=None) -> Worker:
+    return Worker(WorkerConfig(str(folder), config.evaluation.model_dump(mode="json"), cache_gb=0.1), progress)
+
+
+def rows(folder, sql):
+    return load_results(folder).rows(sql)
+
+
+@pytest.fixture(scope="module")
+def computed(grid, tmp_path_factory):
+    config, cells = grid
+    folder = tmp_path_factory.mktemp("one")
+    made = worker(config, folder)
+    return folder, [made.run(c) for c in cells]
+
+
+def test_every_cell_is_committed_with_identity_cost_and_versions(grid, computed):
+    folder, done = computed
+    assert [r["status"] for r in done] == ["done"] * 4, [r.get("error") for r in done]
+    found = {r["method"]: r for r in rows(folder, "select * from results")}
+    dense, gptq, wanda = found["dense"], found["gptq"], found["wanda"]
+    assert dense["bits_per_weight"] == 32 and dense["kl_dense"] == 0 and dense["flips"] == 0
+    assert gptq["bits"] == 3 and gptq["bits_per_weight"] == pytest.approx(3 + 16 / 32)  # a 16-bit scale for every 32 weights
+    assert gptq["size_bytes"] < dense["size_bytes"] and gptq["kl_dense"] > 0
+    assert wanda["sparsity_reached"] == pytest.approx(0.5) and wanda["pattern"] == "2:4" and wanda["sparsity"] == 0.5
+    assert wanda["overlap"] is not None and dense["overlap"] is None
+    for r in found.values():
+        assert r["parameters"] == dense["parameters"] > 0
+        assert r["peak_memory_bytes"] > 1e8 and r["prefill_tokens_s"] > 0 and r["decode_tokens_s"] > 0
+        assert r["execution"] == "simulated" and r["kernel"] is None
+        assert '"torch"' in r["versions"] and r["dense_key"] == dense["key"]
+
+
+def test_the_packed_size_of_a_pruned_cell_is_what_its_packed_form_takes(grid, computed):
+    """The formula that counts bytes against the bytes of really packed tensors."""
+    from comptrust.actors.compress.export import pack_pruned
+    from comptrust.kernels.formats import packed_bytes
+
+    config, cells = grid
+    made = worker(config, computed[0])
+    made.prepare(next(c for c in cells if c.method == "wanda"))
+    compressed = made.prepared[1]
+    packed = pack_pruned(compressed)
+    assert set(packed) == set(compressed.stored)
+    for name, p in packed.items():
+        assert packed_bytes(p) == compressed.stored[name].size_bytes, name
+
+
+def test_the_same_cell_twice_gives_identical_metrics_and_items(grid, computed, tmp_path):
+    config, cells = grid
+    again = worker(config, tmp_path)
+    reference = f"reference/{dense_of(cells[1]).key}.safetensors"
+    Record(tmp_path).put(reference, Record(computed[0]).get(reference))
+    for cell in reversed(cells[1:]):  # another order, another process state
+        again.run(cell)
+    for sql in (
+        "select * from metrics where key != '{}' order by all",
+        "select * from items where key != '{}' order by all",
+        "select * from layers where key != '{}' order by all",
+    ):
+        query = sql.format(cells[0].key)
+        assert rows(tmp_path, query) == rows(computed[0], query)
+
+
+def test_rescore_repeats_every_metric_exactly(computed):
+    before = rows(computed[0], "select * from metrics order by all")
+    assert rescore(str(computed[0])) == 4
+    assert rows(computed[0], "select * from metrics order by all") == before
+
+
+def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
+    config, cells = grid
+    made = worker(config, tmp_path)
+    from comptrust.actors import compress
+
+    def broken(*args, **kwargs):
+        raise CellError("layers.0: the Hessian is singular")
+
+    with monkeypatch.context() as m:
+        m.setattr(compress, "compress", broken)
+        row = made.run(cells[1])
+    assert (row["status"], row["error_type"]) == ("failed", "CellError")
+    assert made.run(cells[1])["status"] == "done"
+    assert rows(tmp_path, "select * from failed") == []  # it has succeeded since
+
+
+def test_without_a_dense_reference_divergence_is_null_and_the_cell_runs(grid, tmp_path):
+    config, cells = grid
+    worker(config, tmp_path).run(cells[1])
+    assert rows(tmp_path, "select kl_dense, flips, worst_drop from results") == [
+        {"kl_dense": None, "flips": None, "worst_drop": None}
+    ]
+
+
+def test_finished_tasks_of_a_killed_cell_are_not_asked_again(grid, computed, tmp_path):
+    """Kill at the end of the first task: the second worker asks only the rest, and the metrics are the same."""
+    config, cells = grid
+    cell = cells[0]
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage, done, total):
+        if stage == "ethics" and done == 0:
+            raise Killed
+
+    with pytest.raises(Killed):
+        worker(config, tmp_path, die).run(cell)
+    assert list(Record(tmp_path).partials(cell.key)) == ["stereotype"]
+    stages = []
+    worker(config, tmp_path, lambda stage, done, total: stages.append(stage)).run(cell)
+    assert "ethics" in stages and "stereotype" not in stages
+    query = f"select * from metrics where key = '{cell.key}' order by all"
+    assert rows(tmp_path, query) == rows(computed[0], query)
+    assert Record(tmp_path).partials(cell.key) == {}
+
+
+def test_slow_compressions_are_cached(grid, tmp_path, monkeypatch):
+    from comptrust.actors import actor, compress
+
+    config, cells = grid
+    cell = next(c for c in cells if c.method == "gptq")
+    monkeypatch.setenv("COMPTRUST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(actor, "CACHE_FROM_S", 0.0)
+    first = worker(config, tmp_path / "a").run(cell)
+    monkeypatch.setattr(compress, "compress", lambda *a, **k: pytest.fail("compressed again"))
+    second = worker(config, tmp_path / "b").run(cell)
+    assert second["status"] == "done", second.get("error")
+    pick = lambda row: {m["metric"]: m["value"] for m in row["metrics"] if m["dimension"] == "utility"}
+    assert pick(first) == pick(second)
+
+
+def test_items_hold_what_a_scorer_needs(computed):
+    outcomes = {r["outcome"] for r in rows(computed[0], "select distinct outcome from items")}
+    assert outcomes <= {str(o) for o in Outcome}
+    n = rows(computed[0], "select dimension, count(*) n from items group by dimension order by dimension")
+    assert n == [{"dimension": "ethics", "n": 4 * 16}, {"dimension": "stereotype", "n": 4 * 16}]
