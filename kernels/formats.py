@@ -88,8 +88,9 @@ def bits_per_weight(packed: Packed) -> float:
 def format_for(pattern: str | None, bits: int | None) -> str | None:
     """The smallest format here that holds weights of this pattern and width, or None: dense 16-bit storage is all there is.
 
-    ``pattern`` is ``unstructured``, ``N:M`` or None; ``bits`` an integer width or None (16 and 32 mean none). 1:2 is a case
-    of 2:4; any other N:M without a format of its own is a bitmap. Integer codes under a pattern that has no combined format are stored with their zeros.
+    ``pattern`` is ``unstructured``, ``N:M`` or None; ``bits`` an integer width or None (16 and 32 mean none). 1:2 is a
+    case of 2:4; any other N:M without a format of its own is a bitmap. Integer codes under a pattern that has no combined format
+    are stored with their zeros.
     """
     pattern = "2:4" if pattern == "1:2" else pattern
     if bits in (None, 16, 32):

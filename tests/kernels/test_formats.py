@@ -161,8 +161,8 @@ def test_bad_input(make, message):
 @pytest.mark.parametrize(
     ("pattern", "width", "expected"),
     [
-        ("2:4", None, "2:4"), ("unstructured", 16, "bitmap"), ("16:32", None, "bitmap"), ("1:2", None, "2:4"), (None, 4, "int4"), (None, 2, None),
-        ("2:4", 4, "2:4+int4"), ("4:8", 4, "int4"), ("unstructured", 3, "int3"), (None, None, None), (None, 16, None),
+        ("2:4", None, "2:4"), ("unstructured", 16, "bitmap"), ("16:32", None, "bitmap"), (None, 4, "int4"), (None, 2, None),
+        ("1:2", None, "2:4"), ("2:4", 4, "2:4+int4"), ("4:8", 4, "int4"), ("unstructured", 3, "int3"), (None, None, None), (None, 16, None),
     ],
 )  # fmt: skip
 def test_format_for(pattern, width, expected):
