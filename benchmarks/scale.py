@@ -41,7 +41,12 @@ def one(cells: int, wandb: bool) -> dict:
             "name": "scale",
             "models": [str(model)],
             "methods": [
-                {"method": "gptq", "bits": 4, "group_size": 32, "damping": [round(0.01 + i * 1e-5, 6) for i in range(cells - 1)]}
+                {
+                    "method": "gptq",
+                    "bits": 4,
+                    "group_size": 32,
+                    "damping": [round(0.01 + i * 1e-5, 6) for i in range(cells - 1)],
+                }
             ],
             "calibration": {"samples": 4, "seqlen": 64},
             "evaluation": {"suite": "smoke", "dimensions": ["ethics"], "perplexity": None},

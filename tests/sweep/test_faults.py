@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -222,3 +223,48 @@ def test_full_disk_fails_cells_and_goes_on_once_there_is_room(tiny, tmp_path, sm
     code, outcome, err = sweep.finish()
     assert code == 0 and outcome["done"] == CELLS, err
     sweep.check()
+
+
+def test_clocks_that_disagree(tiny, tmp_path):
+    """A driver whose clock is ahead of ours is running, one that went silent long ago is not."""
+    sweep = Sweep(tiny, tmp_path, 0.0)
+    assert sweep.finish()[0] == 0
+    record = Record(sweep.results)
+    path = record.list("progress", ".json")[0]
+    key = sorted(record.done())[0]
+    record.delete(f"cells/{key}.parquet")
+    for hours, running in ((2, True), (-2, False)):
+        updated = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
+        record.put_json(
+            path, {**record.get_json(path), "updated": updated, "done": CELLS - 1, "left_s": 9.0, "cells_per_hour": 1.0}
+        )
+        state = status(str(sweep.results))["sweeps"][0]
+        assert (state["running"], state["left"]) == (running, 1)
+
+
+@pytest.mark.slow
+def test_two_drivers_on_an_object_store(tiny, tmp_path, monkeypatch):
+    """No lock there: work may be done twice, rows stand once."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="sweeps")
+        sweep = Sweep(tiny, tmp_path)
+        sweep.results = f"s3://sweeps/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        first, second = sweep.start(), sweep.start()
+        for driver in (first, second):
+            _, err = driver.communicate(timeout=400)
+            assert driver.returncode == 0, err
+        results = load_results(sweep.results)
+        assert results.rows("select count(*) n, count(distinct key) d from cells") == [{"n": CELLS, "d": CELLS}]
+        assert results.rows("select count(*) n from items") == [{"n": 4 * CELLS}]
+        assert len(results.record.list("sweeps", ".json")) <= 2
+    finally:
+        server.stop()

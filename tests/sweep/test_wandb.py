@@ -91,11 +91,13 @@ def test_online_server_gets_every_run(tiny, tmp_path):
     assert not any(KEY in p.read_text(errors="ignore") for p in results.rglob("*.json"))
 
 
-@pytest.mark.parametrize("state", ["hang", "500", "refused"])
+@pytest.mark.parametrize("state", ["hang", "500", "refused", "dies"])
 def test_a_broken_server_costs_no_row_and_no_long_wait(tiny, tmp_path, state):
     """The sweep goes on offline, says so once, ends within its time limits and leaves no process behind."""
     results, before = tmp_path / "results", wandb_processes()
-    with Server("hang" if state == "hang" else "500") as server:
+    with Server({"hang": "hang", "dies": "ok"}.get(state, "500")) as server:
+        if state == "dies":  # healthy until the first cell's run has begun, then it answers no more
+            server.dies_after = 2
         url = "http://127.0.0.1:9" if state == "refused" else server.url
         start = time.monotonic()
         done = drive(small(tiny, results, "online"), results, WANDB_BASE_URL=url, WANDB_API_KEY=KEY)

@@ -142,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
             run = given.get("name") or given.get("id")
             new = run not in self.server.runs
             self.server.runs.setdefault(run, {}).update({k: v for k, v in given.items() if v is not None})
+            if len(self.server.runs) >= self.server.dies_after:
+                self.server.mode = "hang"
             bucket = {
                 "id": "id_" + run, "name": run, "displayName": given.get("displayName") or run, "description": "", "config": None,
                 "sweepName": None, "historyLineCount": 0, "project": project,
@@ -166,6 +168,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, mode: str = "ok") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode, self.runs, self.files, self.calls = mode, {}, {}, 0
+        self.dies_after = 1_000_000  # runs begun before it stops to answer
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
