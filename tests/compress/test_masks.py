@@ -21,8 +21,18 @@ def test_keep_top_drops_what_a_stable_sort_drops(seed, rows, columns, levels, da
 @settings(max_examples=100, deadline=None)
 def test_keep_n_of_m_keeps_the_largest_of_every_group(seed, nm, levels):
     n, m = nm
-    score = torch.randint(0, levels, (3, 4 * m), generator=torch.Generator().manual_seed(seed)).float()
+    score = torch.randint(0, levels, (3, 4 * m), generator=torch.Generator().manual_seed(seed)).float()  # many ties
     keep = keep_n_of_m(score, n, m)
+    assert torch.equal(keep, keep_n_of_m(score, n, m))
     for row, mask in zip(score.view(-1, m).tolist(), keep.view(-1, m).tolist(), strict=True):
-        order = sorted(range(m), key=lambda i: (row[i], -i))  # lowest first, of equal ones the last goes
-        assert [i for i in range(m) if mask[i]] == sorted(order[m - n :])
+        kept = [v for v, k in zip(row, mask, strict=True) if k]
+        assert sorted(kept) == sorted(row)[m - n :]
+
+
+def test_ties_go_as_in_the_official_code():
+    """Wanda's and SparseGPT's repositories: `topk(n, largest=False)` on a slice of M columns at a time."""
+    score = torch.randint(0, 3, (500, 32), generator=torch.Generator().manual_seed(0)).float()
+    drop = torch.zeros_like(score, dtype=torch.bool)
+    for i in range(0, 32, 4):
+        drop.scatter_(1, i + torch.topk(score[:, i : i + 4], 2, dim=1, largest=False)[1], True)
+    assert torch.equal(keep_n_of_m(score, 2, 4), ~drop)
