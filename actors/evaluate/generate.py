@@ -30,7 +30,7 @@ PACK_TOKENS, PACK_BOUNDS = 32, {"cpu": (64, 256), "cuda": (64, 4096)}
 #: Share of a batch that must have ended before its keys and values are moved together and new rows taken in.
 RENEW = 0.25
 #: Memory for keys and values of a batch: bytes on a CPU, share of free memory on a GPU.
-CPU_KEYS_VALUES, GPU_KEYS_VALUES = 768 * 2**20, 0.4
+CPU_KEYS_VALUES, GPU_KEYS_VALUES = 512 * 2**20, 0.4
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
 
 
