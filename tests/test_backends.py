@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -248,3 +249,32 @@ def test_the_reason_to_refuse_it_is_real(ref, dense, tokens, tmp_path):
     corrupt = read_checkpoint(tmp_path / "out", dense)
     right = through(dense, "autoawq", "awq", {"group_size": 64}, tokens, ref, via="subprocess")
     assert check_drift("x", corrupt, dense, tokens, None) > check_drift("x", right, dense, tokens, None)
+
+
+READER = """
+import sys, torch
+from gptqmodel import GPTQModel
+for folder in sys.argv[1:]:
+    model = GPTQModel.load(folder, device="cpu", dtype=torch.float32).model
+    with torch.inference_mode():
+        torch.save(model(torch.arange(64)[None]).logits.float(), folder + ".logits")
+"""
+
+
+@pytest.mark.backends
+def test_gptqmodel_reads_our_gptq_and_awq_layouts(loaded, tmp_path):
+    installed("gptqmodel")
+    dense, tokenizer = loaded
+    made = {}
+    for format, symmetric in (("gptq", True), ("awq", False)):
+        made[format] = compress(dense, "rtn", {"bits": 4, "group_size": 64, "symmetric": symmetric})
+        export(made[format], tokenizer, tmp_path / format, format=format)
+    python = environment("gptqmodel") / "bin" / "python"
+    folders = [str(tmp_path / f) for f in made]
+    done = subprocess.run([python, "-c", READER, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for format, compressed in made.items():
+        with torch.inference_mode():
+            ours = compressed.model(torch.arange(64)[None]).logits
+        theirs = torch.load(tmp_path / f"{format}.logits", weights_only=True)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-2)  # its kernels run in 16 bit; logits reach 2
