@@ -150,6 +150,8 @@ def test_a_wheel_holds_all_that_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    tracked = subprocess.run(["git", "ls-files", "actors", "sweep", "kernels", "conf"], capture_output=True, text=True, cwd=ROOT)
+    tracked = subprocess.run(
+        ["git", "ls-files", "actors", "sweep", "kernels", "conf"], capture_output=True, text=True, cwd=ROOT
+    )
     missing = [f for f in tracked.stdout.split() if f"comptrust/{f}" not in held]
     assert not missing
