@@ -88,7 +88,7 @@ class Adversarial:
         demos = [Message(m["role"], m["content"]) for m in _S["demos"].get(task.removesuffix("-mm"), ())]
         instruction = _S["task_instruction"][task.removesuffix("-mm")]
         if r.get("method") == "semattack":  # the official prompt has no field name for this attack
-            lines = [r["sentence"]]
+            lines = [r[name] for name in _FIELDS[task]]
         else:
             lines = [f"{name}: {r[name]}" for name in _FIELDS[task]]
         return [*demos, Message("user", "\n".join([instruction, *lines]))]
