@@ -228,17 +228,15 @@ class BlockPass:
         cell = self.cell
         if cell.spec.replace:
             _replace_linears(cell, self.block, self.prefix)
-        share = getattr(cell.config, "dense_inputs", 0.0)
-        if share:
+        if share := getattr(cell.config, "dense_inputs", 0.0):
             self.solve_on_dense_inputs(share)
-        if share and len(self.kwargs) == 1:
-            out = self.forward(0, [0], self.solve_at_once, stop=last)
-            cell.hidden = [] if out is None else [out]
+            if not last:
+                cell.hidden = [self.by_sequence(i, range(len(h)), (), lambda k, X: None) for i, h in enumerate(cell.hidden)]
         elif len(self.kwargs) == 1:
             out = self.forward(0, range(len(self.groups)), self.solve_at_once, stop=last)
             cell.hidden = [] if out is None else [out]
         else:
-            for k in [0] if share else range(len(self.groups)):
+            for k in range(len(self.groups)):
                 self.solve_by_chunks(k)
             if not last:
                 cell.hidden = [self.forward(i, (), lambda k, X: None).to(h.device) for i, h in enumerate(cell.hidden)]
@@ -246,28 +244,40 @@ class BlockPass:
             fold_scale(cell.stored, self.block, self.prefix, group.fold, names, scale_I)
 
     def solve_on_dense_inputs(self, share: float) -> None:
-        """Solve all groups but the first on what the dense block gives for a fixed random ``share`` of the sequences.
+        """Solve every group on what the dense block gives for a fixed random ``share`` of the sequences.
 
-        The first group's inputs are the same before and after, so it takes them from the whole set when that passes.
+        One sequence at a time, as the official code of Wanda does: at 2:4 small models answer to rounding, and this way ours is the same.
         """
         sequences = sum(len(h) for h in self.cell.hidden)
         order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
-        chosen = torch.zeros(sequences, dtype=torch.bool)
-        chosen[order[: max(1, round(share * sequences))]] = True
-        inner = range(1, len(self.groups))
-        accumulators = {k: self.accumulators(k) for k in inner}
+        chosen = set(order[: max(1, round(share * sequences))].tolist())
+        every = range(len(self.groups))
+        accumulators = [self.accumulators(k) for k in every]
+        empty = [[a for a in of_group.values() if not a.tokens] for of_group in accumulators]
         low = 0
-        for hidden, kwargs in zip(self.cell.hidden, self.kwargs, strict=True):
-            rows = chosen[low : low + len(hidden)].nonzero()[:, 0]
+        for i, hidden in enumerate(self.cell.hidden):
+            rows = [r for r in range(len(hidden)) if low + r in chosen]
             low += len(hidden)
-            if len(rows):
-                part = BlockPass(
-                    replace(self.cell, hidden=[hidden[rows.to(hidden.device)]]), self.block, self.prefix, self.groups,
-                    [take_rows(kwargs, rows.to(self.device), len(hidden))], self.device, {},
-                )  # fmt: skip
-                part.forward(0, inner, lambda k, X: [a.add(X) for a in accumulators[k].values()], stop=True)
-        for k in inner:
+            self.by_sequence(i, rows, every, lambda k, X: [a.add(X) for a in empty[k]], stop=True)
+        for k in every:
             self.solve(k, accumulators[k])
+
+    def by_sequence(
+        self, chunk: int, rows: Sequence[int], at: Sequence[int], seen: Callable[[int, Tensor], Any], *, stop: bool = False
+    ) -> Tensor | None:
+        """As `forward`, for some ``rows`` of a chunk, one after the other; the results are stacked where the chunk is."""
+        hidden, kwargs = self.cell.hidden[chunk], self.kwargs[chunk]
+        out = []
+        for r in rows:
+            one = torch.tensor([r], device=self.device)
+            part = replace(
+                self,
+                cell=replace(self.cell, hidden=[hidden[r : r + 1]]),
+                kwargs=[take_rows(kwargs, one, len(hidden))],
+                shared={},
+            )
+            out.append(part.forward(0, at, seen, stop=stop))
+        return None if stop or not out else torch.cat(out).to(hidden.device)
 
     def forward(
         self, chunk: int, at: Sequence[int], seen: Callable[[int, Tensor], Any], *, stop: bool = False

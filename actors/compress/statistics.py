@@ -71,7 +71,8 @@ class Statistics:
         if "gram" in self.wanted:
             self._sum("gram", gram(X_TI))
         if "norm" in self.wanted:
-            self._sum("norm", torch.linalg.vector_norm(X_TI, dim=0).square_())
+            # A sequence in float32 and the rest in float64: next to a massive first token a running float32 sum loses the others.
+            self._sum("norm", X_TI.view(-1, X.shape[-2], X.shape[-1]).square().sum(1).double().sum(0))
         if "mean_abs" in self.wanted:
             self._sum("mean_abs", X_TI.abs().sum(0))
         if "max_abs" in self.wanted:
@@ -91,7 +92,7 @@ class Statistics:
         out = dict(self.values)
         out["sketch"] = out["sketch"] / SKETCH**0.5
         if "norm" in out:
-            out["norm"] = out["norm"].sqrt()
+            out["norm"] = out["norm"].sqrt().float()
         if "mean_abs" in out:
             out["mean_abs"] = out["mean_abs"] / self.tokens
         return out
