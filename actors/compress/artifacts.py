@@ -44,7 +44,8 @@ class ArtifactCache:
         """Tensors on the CPU and metadata, or None. A file that cannot be read is removed and counts as absent."""
         path = self._path(key)
         try:
-            with safe_open(path, "pt") as file:
+            # Under the lock: safetensors opens the file twice, and eviction or a new version must not come in between.
+            with FileLock(self.root / ".lock"), safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
                 meta = json.loads(file.metadata()["meta"])
             os.utime(path)
@@ -68,7 +69,8 @@ class ArtifactCache:
             save_file(separate(tensors), temporary, metadata={"meta": json.dumps(meta)})
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
-            os.replace(temporary, self._path(key))
+            with FileLock(self.root / ".lock"):
+                os.replace(temporary, self._path(key))
         finally:
             Path(temporary).unlink(missing_ok=True)
         self._sweep(room_for=0)
