@@ -37,6 +37,7 @@ class WorkerConfig:
     threads: int = 1
     cache_gb: float = 50.0
     execution: str = "auto"
+    allow_bin: tuple[str, ...] = ()  # models whose .bin weights may be read
 
 
 class Worker:
@@ -120,7 +121,7 @@ class Worker:
         self._references.clear()
         gc.collect()
         self.progress("load model", 0, 1)
-        ref = models.resolve(cell.model)
+        ref = models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin)
         if ref.revision != cell.revision:
             raise CellError(f"{cell.model} is now {ref.revision}, the sweep was planned with {cell.revision}")
         device = "auto" if self.spread else self.device
@@ -152,7 +153,7 @@ class Worker:
                 cell.backend,
                 cell.method,
                 dict(cell.params),
-                ref=models.resolve(cell.model),
+                ref=models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin),
                 dense=self.model,
                 tokens=tokens,
                 progress=self.progress,

@@ -371,7 +371,7 @@ def backends_install(name: Annotated[str, typer.Argument(help="autoawq, auto-gpt
     """Create the environment of a backend from its exact pins."""
     from ..actors.compress.backends import install
 
-    print(install(name))
+    print(install(name, progress=_progress_line()))
 
 
 @backends_app.command("list")

@@ -36,6 +36,7 @@ class ModelConfig(_Frozen):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="dtype of weights and arithmetic; default: bfloat16 with a GPU, float32 without"
     )
+    allow_bin: bool = Field(default=False, description="read pytorch_model*.bin (weights only) where there are no safetensors")
     gpus: float | None = Field(default=None, ge=0, description="GPUs per cell of this model; default: resources.gpus")
     memory_gb: float | None = Field(default=None, gt=0, description="host memory per cell, GB; default: resources.memory_gb")
 

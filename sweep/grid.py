@@ -101,7 +101,7 @@ def _expand_model(
     from ..actors.evaluate.run import check_evaluation
 
     where = f"models[{index}].id"
-    ref = models.resolve(model.id, where=where)
+    ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin)
     tokenizer = models.load_tokenizer(ref)
     hf_config = models.load_config(ref)
     dtype = model.dtype or default_dtype()

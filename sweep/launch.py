@@ -236,6 +236,7 @@ def _launch(
             threads=config.resources.cpus,
             cache_gb=config.resources.cache_gb,
             execution=config.execution,
+            allow_bin=tuple(m.id for m in config.models if m.allow_bin),
         )
         ordered = order(todo, workers)
         pool = (
