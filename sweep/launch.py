@@ -289,7 +289,8 @@ def connect(address: str | None) -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if not target:
-        ray.init(include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+        # "local": without it Ray joins whatever cluster was last started on this machine
+        ray.init("local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
         return
     if target != "auto":
         _reachable(target)
