@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-# Files of tests run side by side on two cores; much of their time is waiting for processes to start.
+# Files of tests run side by side on two cores, but for those that start and kill Ray: two Rays that start at once may take each other's ports.
 .PHONY: quickstart install test test-fast lint types test-slow test-backends schema clean
 
 quickstart: $(VENV)/.quickstart
@@ -31,7 +31,8 @@ install: $(VENV)/.test
 test: $(VENV)/.test lint types test-fast
 
 test-fast: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends' -n 2 --dist loadfile --ignore tests/sweep
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends' tests/sweep
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

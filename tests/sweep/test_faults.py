@@ -77,7 +77,7 @@ def round_of_kills(tiny: Path, folder: Path, seed: int) -> None:
     """One seeded round: a victim, a moment; then run on to the end."""
     draw = random.Random(seed)
     folder.mkdir()
-    sweep = Sweep(tiny, folder)
+    sweep = Sweep(tiny, folder, 0.8)
     kind = ["worker", "driver", "raylet"][seed % 3]
     driver = sweep.start()
     sweep.wait_for("start", draw.randint(1, CELLS // 2))
@@ -95,11 +95,13 @@ def round_of_kills(tiny: Path, folder: Path, seed: int) -> None:
         assert json.loads(out.splitlines()[-1])["done"] == CELLS
     else:
         try:
-            driver.communicate(timeout=120)
+            _, err = driver.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             driver.kill()
             raise AssertionError(f"the driver hangs after its {kind} was killed") from None
-        assert driver.returncode != 0
+        # The last cell may have been committed just before: exit code 0 is true only then.
+        left = CELLS - len(Record(sweep.results).done())
+        assert driver.returncode != 0 or left == 0, err
         code, outcome, err = sweep.finish()
         assert code == 0 and outcome["done"] == CELLS, err
     sweep.check()

@@ -81,6 +81,7 @@ def test_online_server_gets_every_run(tiny, tmp_path):
     results = tmp_path / "results"
     with Server() as server:
         done = drive(small(tiny, results, "online"), results, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        assert done.returncode == 1, done.stderr  # the bad cell
         outcome = json.loads(done.stdout)
         keys = json.loads((results / "sweeps" / f"{outcome['sweep']}.json").read_text())["keys"]
         assert {f"{outcome['sweep']}-{k}" for k in keys} <= set(server.runs)
