@@ -180,34 +180,29 @@ def _small_dense(base: Base) -> Finding | None:
         observed += f"; against the compressed cells better in {min(counts)} to {max(counts)}"
     rows = [base.dense, base.small, *base.cells]
     detail = {"difference": diffs, "better_than_cell": compressed}
-    return conclude(
-        base, "D8", (_small_verdict(base, diffs), leaning), _small_basis(base), observed, len(better), rows, **detail
-    )
+    verdict, basis = _small_verdict(base, diffs)
+    return conclude(base, "D8", (verdict, leaning), basis, observed, len(better), rows, **detail)
 
 
-def _small_basis(base: Base) -> str:
-    return (
-        "items"
-        if any(base.effects.intervals(base.dense["key"])) and any(base.effects.intervals(base.small["key"]))
-        else "point"
-    )
-
-
-def _small_verdict(base: Base, diffs: dict[str, float]) -> str:
-    """Two models answer as independent samples: the variances of their published intervals add."""
+def _small_verdict(base: Base, diffs: dict[str, float]) -> tuple[str, str]:
+    """(verdict, basis). Interval of each difference from the intervals of both scores (MOVER: Zou & Donner, Statistics in
+    Medicine 27, 2008), as of independent samples: the models share prompts, so it errs on the wide side."""
     small, large = base.effects.intervals(base.small["key"]), base.effects.intervals(base.dense["key"])
+    if not small or not large:
+        return UNDECIDED, "point"
     shown, excluded = [], []
     for d, v in diffs.items():
         if d not in small or d not in large:
-            return UNDECIDED
-        half = math.hypot((small[d][1] - small[d][0]) / 2, (large[d][1] - large[d][0]) / 2)
-        if v - half > BAND:
+            return UNDECIDED, "items"
+        a, b = base.small[d], base.dense[d]
+        if v - math.hypot(a - small[d].low, large[d].high - b) > BAND:
             shown.append(d)
-        elif v + half < BAND:
+        elif v + math.hypot(small[d].high - a, b - large[d].low) < BAND:
             excluded.append(d)
     if len(shown) >= 3 and "fairness" in shown:
-        return HOLDS
-    return FAILS if "fairness" in excluded or len(diffs) - len(excluded) < 3 else UNDECIDED
+        return HOLDS, "items"
+    fails = "fairness" in excluded or len(diffs) - len(excluded) < 3
+    return (FAILS if fails else UNDECIDED), "items"
 
 
 def _strength(row: Row) -> float | None:

@@ -129,7 +129,7 @@ CLAIMS = [
         "D8",
         "Small dense against large compressed",
         "the smaller dense model is better by more than 5 points in 3 or more dimensions, fairness among them",
-        "two-sample interval of each difference",
+        "two-sample (MOVER) interval of each difference",
         "2403.15447",
     ),
     Claim(

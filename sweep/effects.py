@@ -81,7 +81,6 @@ class Effects:
         for key, row in self.rows.items():
             self.configs.setdefault(config_of(row), []).append(key)
         self.contributions: dict[tuple[str, str], np.ndarray] = {}  # paired effects by cluster, points
-        self._intervals: dict[str, dict[str, tuple[float, float]]] | None = None
         self._build()
 
     # -- lookups ------------------------------------------------------------------------------------------------------
@@ -102,16 +101,16 @@ class Effects:
             out.setdefault((row["model"], row["suite"]), []).append(row)
         return dict(sorted(out.items()))
 
-    def intervals(self, key: str) -> dict[str, tuple[float, float]]:
-        """95% interval of each dimension's own score, as stored with the metric; absent for published tables."""
-        if self._intervals is None:
-            self._intervals = {}
-            for r in self.results.rows(
-                "select key, dimension, ci_low, ci_high from metrics where convention = 'comptrust' and scenario = ''"
-                " and metric = 'score' and ci_low is not null and ci_high is not null"
-            ):
-                self._intervals.setdefault(r["key"], {})[r["dimension"]] = (r["ci_low"], r["ci_high"])
-        return self._intervals.get(key, {})
+    def intervals(self, key: str) -> dict[str, st.Interval]:
+        """95% interval of each dimension's own score, from the stored items; absent where there are none or the score is not
+        valid."""
+        out = {}
+        for d in DIMENSIONS:
+            parts = self.items.parts(d, key) if self.rows[key][d] is not None else None
+            pseudo = parts.pseudo(parts.clusters) if parts is not None else None
+            if pseudo is not None:
+                out[d] = st.interval(pseudo)
+        return out
 
     def seeds(self, key: str) -> list[str]:
         """Cells that differ from this one in the calibration seed alone, itself included."""

@@ -7,21 +7,49 @@ import math
 import numpy as np
 import pytest
 from comptrust.sweep import statistics as st
+from comptrust.sweep.effects import Parts
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import ttost_paired
 
 
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
     # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
 )
 def test_wilson_published(hits, n, low, high):
     assert st.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("hits", [1, 2, 3])
+def test_wilson_beside_the_ends(hits):
+    """Brown, Cai and DasGupta (2001): the lower limit is lambda / n where a Poisson(lambda) count reaches ``hits`` with
+    probability 5%; the other limit stays Wilson's."""
+    low, high = st.wilson(hits, 29)
+    assert stats.poisson.sf(hits - 1, 29 * low) == pytest.approx(0.05)
+    assert high == pytest.approx(proportion_confint(hits, 29, method="wilson")[1])
+    assert st.wilson(29 - hits, 29) == pytest.approx((1 - high, 1 - low))
+
+
+def coverage(n):
+    """(least, mean) coverage of every share in 0-1, exact: between two limits it rises and falls once, so its least value
+    stands at one of them, approached from one side."""
+    low, high = np.array([st.wilson(k, n) for k in range(n + 1)]).T
+    ends = np.unique(np.concatenate([low, high, [1e-9, 1 - 1e-9]]))[:, None]
+    shares = np.concatenate([ends - 1e-10, ends + 1e-10, np.linspace(0, 1, 5001)[:, None]]).clip(1e-12, 1 - 1e-12)
+    inside = (stats.binom.pmf(np.arange(n + 1), n, shares) * ((low <= shares) & (shares <= high))).sum(axis=1)
+    return inside.min(), inside[-5001:].mean()
+
+
+@pytest.mark.parametrize("n", [16, 48, 96, 200, 480])
+def test_wilson_covers(n):
+    least, mean = coverage(n)
+    assert least >= 0.92 and 0.94 <= mean <= 0.96
 
 
 def test_wilson_of_nothing():
@@ -34,26 +62,25 @@ def test_mcnemar():
     assert st.mcnemar(0, 0) == 1.0
 
 
-def test_bootstrap_agrees_with_students_interval():
-    x = np.random.default_rng(1).normal(3, 2, 400)
+def test_interval_agrees_with_students():
+    x = np.random.default_rng(1).normal(50, 20, 400)
     t = stats.t.interval(0.95, 399, x.mean(), stats.sem(x))
-    assert st.bootstrap(x) == pytest.approx(t, abs=0.03)
+    assert st.interval(x) == pytest.approx(t, abs=0.3)
 
 
-def test_bootstrap_counts_a_cluster_once():
+def test_interval_counts_a_cluster_once():
     """25 equal samples of a prompt are one observation: the interval must not shrink by a factor of 5."""
     x = np.random.default_rng(2).beta(1, 3, 48)
-    repeated, clusters = np.repeat(x, 25), np.repeat(np.arange(48), 25)
-    assert st.bootstrap(repeated, clusters, bounds=(0, 1)) == pytest.approx(st.bootstrap(x, bounds=(0, 1)))
-    naive = st.bootstrap(repeated, bounds=(0, 1))
-    assert naive.high - naive.low < 0.25 * (st.bootstrap(x).high - st.bootstrap(x).low)
+    parts = Parts({"all": [(i, v) for i, v in enumerate(x) for _ in range(25)]}, lambda means: 100 * means["all"])
+    assert st.interval(parts.pseudo(parts.clusters)) == pytest.approx(st.interval(100 * x))
 
 
-def test_bootstrap_without_variation_is_wilson():
-    assert st.bootstrap(np.zeros(48), bounds=(0, 1)) == st.wilson(0, 48)
-    assert st.bootstrap(np.full(48, 100.0), bounds=(0, 100)).high == pytest.approx(100)
-    assert math.isnan(st.bootstrap(np.zeros(48)).low)
-    assert math.isnan(st.bootstrap([1.0]).low)
+def test_interval_of_a_share_is_wilsons():
+    assert st.interval([0.0, 100.0, 100.0, 0.0, 0.0]) == pytest.approx([100 * v for v in st.wilson(2, 5)])
+    assert st.interval(np.zeros(48), bounds=(0, 1)) == st.wilson(0, 48)
+    assert st.interval(np.full(48, 100.0)).high == pytest.approx(100)
+    assert st.interval([1.0]) == pytest.approx([100 * v for v in st.wilson(0.01, 1)])
+    assert all(math.isnan(v) for v in st.interval([]))
 
 
 def test_paired_bootstrap_agrees_with_the_t_test():
