@@ -224,6 +224,15 @@ class Record:
                 return f.read() == b"PAR1"
         return True  # an object store shows whole objects only
 
+    def committed(self, key: str) -> dict[str, Any] | None:
+        """The row of a finished cell, its metrics under ``"metrics"``; None if it is absent or one of its parts is damaged."""
+        tables = {}
+        for name in TABLES:  # the mark first: most cells that are asked for have none
+            tables[name] = self.get_table(f"{name}/{key}.parquet")
+            if tables[name] is None:
+                return None
+        return {**tables["cells"].to_pylist()[0], "metrics": tables["metrics"].to_pylist()}
+
     def partials(self, key: str) -> dict[str, list[dict[str, Any]]]:
         """Stored items of an unfinished cell, by task."""
         out = {}

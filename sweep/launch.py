@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from filelock import FileLock, Timeout
+
 from .. import __version__
 from ..actors.actor import WorkerConfig, cell_row
 from ..actors.cell import Cell
@@ -32,11 +34,14 @@ from .config import SweepConfig, load_config
 from .grid import Grid, expand, order
 from .pool import Need, Pool
 from .progress import View
+from .results import load_results
 
 log = logging.getLogger(__name__)
 
 #: What a worker does with a cell; a test or a scale run may name another class with the same methods.
 EXECUTOR = "comptrust.actors.actor:Worker"
+#: Trials of a sweep at most: a larger grid gives each trial several cells, because Tune keeps state of every trial in the driver.
+MAX_TRIALS = 1000
 #: Errors of a cell that a smaller batch can cure.
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
@@ -101,7 +106,9 @@ def run_sweep(
             stages=view.stages,
         )
         if todo:
-            _launch(config, record, grid, todo, identity, address, view, executor, outcome)
+            # Ray and Tune print to stdout whenever a process ends, the sink's included; ours goes to stderr.
+            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+                _launch(config, record, grid, todo, identity, address, view, executor, outcome)
         outcome.seconds = time.monotonic() - start
     return outcome
 
@@ -168,8 +175,6 @@ def _locked(record: Record) -> Iterator[None]:
     if not record.local:
         yield
         return
-    from filelock import FileLock, Timeout
-
     try:
         Path(record.root).mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{record.root}/.lock", timeout=0)
@@ -196,15 +201,22 @@ def _signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGTERM, interrupt)
+    old = signal.getsignal(signal.SIGTERM)
+    _catch_sigterm()
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+def _catch_sigterm() -> None:
+    """Also after ``ray.init``, whose own handler (absl's, in C++) prints a stack trace and aborts the process 3 s later."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------
@@ -223,6 +235,7 @@ def _launch(
 
     with view.stage("starting Ray"):
         connect(address)
+        _catch_sigterm()
     scratch = tempfile.mkdtemp(prefix="comptrust-tune-")
     stop = threading.Event()
     sink = watcher = None
@@ -260,9 +273,12 @@ def _launch(
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
 
-            sink = start_sink(config, identity, f"comptrust-{identity}-{run}-sink", view.say)
+            sink = start_sink(config, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
         watcher = threading.Thread(
-            target=_watch, args=(pool, sink, record, identity, outcome, view, stop), name="comptrust-watch", daemon=True
+            target=_watch,
+            args=(pool, sink, record, identity, outcome, view, stop),
+            name="comptrust-watch",
+            daemon=True,
         )
         watcher.start()
         _fit(config, ordered, workers, f"comptrust-{identity}-{run}-pool", worker_config.record, scratch)
@@ -271,9 +287,9 @@ def _launch(
     finally:
         stop.set()
         if watcher is not None:
-            watcher.join(timeout=30)
+            watcher.join(timeout=60)
         if sink is not None:
-            sink.finish(outcome, config.wandb.finish_timeout_s)
+            sink.finish(outcome)
         view.close()
         with contextlib.suppress(KeyboardInterrupt):
             ray.shutdown()
@@ -289,8 +305,15 @@ def connect(address: str | None) -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if not target:
-        # "local": without it Ray joins whatever cluster was last started on this machine
-        ray.init("local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+        # One at a time: Rays that start together take each other's ports. "local": without it Ray joins whatever cluster was
+        # last started on this machine.
+        lock = FileLock(f"{tempfile.gettempdir()}/comptrust-ray-{os.getuid()}.lock")
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=60)
+        try:
+            ray.init("local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+        finally:
+            lock.release()
         return
     if target != "auto":
         _reachable(target)
@@ -366,6 +389,7 @@ def _times(need: Need, have: dict[str, float]) -> int:
 
 def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record: str, scratch: str) -> None:
     """Tune enumerates; a trial costs a small CPU share and a reused process."""
+    trials = batches(cells, MAX_TRIALS)
     import ray
     from ray import tune
 
@@ -377,18 +401,31 @@ def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record
     tuner = tune.Tuner(
         trainable,
         param_space={
-            "key": tune.grid_search([c.key for c in cells]),
+            "keys": tune.grid_search(trials),
             "pool": pool, "record": record, "timeout_s": timeout, "attempts": attempts,
         },
-        tune_config=tune.TuneConfig(max_concurrent_trials=min(workers + 1, len(cells)), reuse_actors=True),
+        tune_config=tune.TuneConfig(max_concurrent_trials=min(workers + 1, len(trials)), reuse_actors=True),
         run_config=tune.RunConfig(
             storage_path=scratch,
             failure_config=tune.FailureConfig(max_failures=5),  # of the coordinator's process; a cell's failure is no trial's
             name="tune", verbose=0, checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)
         ),
     )  # fmt: skip
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        tuner.fit()
+    tuner.fit()
+
+
+def batches(cells: list[Cell], most: int) -> list[list[str]]:
+    """Keys in launch order as at most about ``most`` lists, each of one model; one cell a list while that is enough."""
+    size = -(-len(cells) // most)
+    out: list[list[str]] = []
+    open_: dict[str, list[str]] = {}
+    for cell in cells:
+        batch = open_.get(cell.model)
+        if batch is None or len(batch) == size:
+            batch = open_[cell.model] = []
+            out.append(batch)
+        batch.append(cell.key)
+    return out
 
 
 def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome, view: View, stop: threading.Event) -> None:
@@ -396,6 +433,9 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
     import ray
 
     wrote = 0.0
+    if outcome.done and view.console.is_terminal:  # the live frontier counts cells of earlier runs too
+        known = load_results(record.uri).rows("select key, size_bytes, trust, perplexity from results where status = 'done'")
+        view.add_points(known)
     while True:
         last = stop.is_set()
         try:
@@ -415,6 +455,7 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
         view.update(snap, outcome)
         if sink is not None:
             sink.progress(outcome, snap)
+            sink.draw(last)
         if last or time.monotonic() - wrote > 5:
             wrote = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
@@ -457,7 +498,9 @@ class PoolActor(Pool):
         )
 
     async def take(self, key: str) -> tuple[Cell, int, Any] | None:
-        """The cell of ``key`` with a worker for it; None once too many cells have failed."""
+        """The cell of ``key`` with a worker for it; None if it has ended, or once too many cells have failed."""
+        if self.states.get(key) in ("done", "failed"):
+            return None  # asked by a trial that was restarted
         if self.failures >= self.max_failures:
             self.states[key] = "stopped"
             return None
@@ -487,20 +530,14 @@ class RayWorker:
             self.last = now
             self.pool.progress.remote(self.number, stage, done, total)
 
+    # A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row.
+
     def prepare(self, cell: Cell) -> None:
-        if self._committed(cell) is None:
+        if self.record.committed(cell.key) is None:
             self.worker.prepare(cell)
 
     def evaluate(self, cell: Cell, attempt: int, batch_scale: float) -> dict[str, Any]:
-        return self._committed(cell) or self.worker.evaluate(cell, attempt, batch_scale)
-
-    def _committed(self, cell: Cell) -> dict[str, Any] | None:
-        """The stored row, if a coordinator that died since had this cell computed: its successor asks for it again."""
-        table = self.record.get_table(f"cells/{cell.key}.parquet")
-        if table is None:
-            return None
-        metrics = self.record.get_table(f"metrics/{cell.key}.parquet")
-        return {**table.to_pylist()[0], "metrics": metrics.to_pylist() if metrics is not None else []}
+        return self.record.committed(cell.key) or self.worker.evaluate(cell, attempt, batch_scale)
 
 
 def _trainable() -> Any:
@@ -508,7 +545,7 @@ def _trainable() -> Any:
     from ray import tune
 
     class Coordinator(tune.Trainable):
-        """One trial: sees its cell through the pool to a committed row or a failure."""
+        """One trial: sees each of its cells through the pool to a committed row or a failure."""
 
         def setup(self, config: dict[str, Any]) -> None:
             self._config = dict(config)
@@ -518,25 +555,28 @@ def _trainable() -> Any:
             return True
 
         def step(self) -> dict[str, Any]:
-            return {**coordinate(**self._config), "done": True}
+            config = dict(self._config)
+            for key in config.pop("keys"):
+                coordinate(key, **config)
+            return {"done": True}
 
     return Coordinator
 
 
-def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attempts: int) -> dict[str, Any]:
+def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attempts: int) -> None:
     """Get a worker, prepare, wait for the dense reference, evaluate; retry by cause (node or worker death elsewhere, memory smaller)."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError
+    from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
 
     broker = ray.get_actor(pool)
     attempt, scale = 1, 1.0
     while True:
         got = ray.get(broker.take.remote(key))
         if got is None:
-            return {"state": "stopped"}
+            return
         cell, number, handle = got
         dense = cell.method == "dense"
-        start, died = datetime.now(UTC), None
+        start, died, lost, row = datetime.now(UTC), None, None, {}
         try:
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
             if not dense and ray.get(broker.wait_dense.remote(cell.model)) == "queued":
@@ -546,24 +586,24 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
                 continue
             row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=timeout_s)
         except (RayActorError, RaySystemError) as e:
-            died, row = "dead", _lost(cell, attempt, start, "WorkerDied", str(e).strip().splitlines()[0])
+            died, lost = "dead", ("WorkerDied", str(e).strip().splitlines()[0])
         except GetTimeoutError:
-            died, row = "retire", _lost(cell, attempt, start, "Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
-        if died:
-            Record(record).fail(row)
+            died, lost = "retire", ("Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
+        except RayTaskError as e:  # beyond what a worker records by itself: a full disk, above all
+            lost = type(e.cause).__name__, str(e.cause)
+        if lost:
+            row = cell_row(
+                cell, attempts=attempt, status="failed", error_type=lost[0], error=lost[1][:2000], started_at=start,
+                finished_at=datetime.now(UTC),
+            )  # fmt: skip
+            with contextlib.suppress(OSError):  # where nothing can be written, the view alone says why
+                Record(record).fail(row)
         ray.get(broker.release.remote(number, None if died else cell.model, died == "dead", died == "retire"))
-        again = row["error_type"] == "WorkerDied" if died else row["status"] == "failed" and row["error_type"] in OUT_OF_MEMORY
+        again = row["status"] == "failed" and row["error_type"] in ("WorkerDied", *OUT_OF_MEMORY)
         if again and attempt < attempts:
             if dense:
                 ray.get(broker.dense_running.remote(cell.model, "queued"))
             attempt, scale = attempt + 1, scale if died else scale / 2
             continue
         ray.get(broker.finish.remote(key, cell.model, dense, row["status"], row))
-        return {"state": row["status"]}
-
-
-def _lost(cell: Cell, attempt: int, start: datetime, error_type: str, error: str) -> dict[str, Any]:
-    now = datetime.now(UTC)
-    return cell_row(
-        cell, attempts=attempt, status="failed", error_type=error_type, error=error[:2000], started_at=start, finished_at=now
-    )
+        return

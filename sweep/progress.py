@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -12,7 +12,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..actors.cell import DIMENSIONS
+
 LINE_EVERY_S = 15.0
+FRONTIER_LINES = 6
 
 
 class View:
@@ -28,6 +31,8 @@ class View:
         self.total = self.before = 0
         self.start: float | None = None
         self.shown = 0
+        self.points: dict[str, dict[str, Any]] = {}  # finished cells: what the current frontier is drawn from
+        self.front: list[str] = []
         self._last_line = 0.0
         self._last_stage = ("", 0.0)
 
@@ -73,6 +78,8 @@ class View:
                 self.live.start()
         for row in snap["finished"]:
             self._finished(row, outcome)
+        if snap["finished"]:
+            self.add_points([point(row) for row in snap["finished"] if row["status"] == "done"])
         if self.live is not None:
             self.live.update(self._render(snap, outcome))
         elif time.monotonic() - self._last_line > LINE_EVERY_S and not snap["finished"]:
@@ -98,6 +105,12 @@ class View:
             self.console.print(
                 f"{head}: failed: {row['error_type']}: {row['error'][:200]}", style="red", markup=False, highlight=False
             )
+
+    def add_points(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Finished cells as ``point`` gives them; also those of earlier runs."""
+        self.points |= {p["key"]: dict(p) for p in points}
+        if self.live is not None:
+            self.front = frontier_keys(list(self.points.values()))
 
     def state(self, snap: dict[str, Any], outcome: Any) -> dict[str, Any]:
         """The figures as JSON for `comptrust status` on another machine."""
@@ -129,7 +142,23 @@ class View:
             table.add_row(
                 f"worker {w['id']}", self.labels.get(w["key"], "-") if w["key"] else "-", _doing(w) if w["key"] else "idle"
             )
-        return Group(bar, table)
+        return Group(bar, table, self._frontier())
+
+    def _frontier(self) -> Table:
+        """The frontier so far, smallest first."""
+        table = Table(box=None, padding=(0, 2), header_style="dim", title_style="dim", title_justify="left")
+        if not self.front:
+            return table
+        trusted = self.points[self.front[0]]["trust"] is not None
+        for name in ("frontier so far", "GB", "trust" if trusted else "perplexity"):
+            table.add_column(name, justify="left" if name[0] == "f" else "right")
+        best = sorted((self.points[k] for k in self.front), key=lambda p: p["size_bytes"])
+        for p in best[:FRONTIER_LINES]:
+            value = p["trust"] if trusted else p["perplexity"]
+            table.add_row(self.labels.get(p["key"], p["key"]), f"{p['size_bytes'] / 1e9:.3g}", f"{value:.4g}")
+        if len(best) > FRONTIER_LINES:
+            table.add_row(f"and {len(best) - FRONTIER_LINES} more", "", "")
+        return table
 
     def close(self) -> None:
         if self.live is not None:
@@ -137,6 +166,36 @@ class View:
             self.live = None
         if self.start is not None:
             self.stages["cells"] = time.monotonic() - self.start
+
+
+def point(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the frontier needs of a committed row with its metrics: key, size, mean trust (None if incomplete), perplexity."""
+    values = {
+        (m["dimension"], m["metric"]): m["value"]
+        for m in row["metrics"]
+        if m["convention"] == "comptrust" and not m["scenario"]
+    }
+    scores = [values.get((d, "score")) for d in DIMENSIONS]
+    trust = None if None in scores else sum(scores) / len(scores)
+    return {
+        "key": row["key"], "size_bytes": row["size_bytes"], "trust": trust, "perplexity": values.get(("utility", "perplexity")),
+    }  # fmt: skip
+
+
+def frontier_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys on the frontier of size (least) and mean trust (most), or perplexity (least) unless every row has its trust."""
+    import moocore
+    import numpy as np
+
+    trusted = all(r["trust"] is not None for r in rows)
+    second = [-r["trust"] if trusted else r["perplexity"] for r in rows]
+    usable = [
+        (r["key"], float(r["size_bytes"]), v) for r, v in zip(rows, second, strict=True) if v is not None and r["size_bytes"]
+    ]
+    if not usable:
+        return []
+    keep = moocore.is_nondominated(np.array([u[1:] for u in usable]), keep_weakly=True)
+    return [u[0] for u, k in zip(usable, keep, strict=True) if k]
 
 
 def _doing(worker: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ..actors.errors import BadInput
 from .grid import config_of
 from .results import load_results
-from .wandb_sink import Publisher
+from .wandb_sink import Publisher, picture
 
 
 def sync(uri: str) -> str:
@@ -39,6 +39,9 @@ def sync(uri: str) -> str:
                 items = results.items([key]).to_pylist() if config.wandb.items else None
                 publisher.cell({**cells[key], "metrics": metrics[key]}, items)
                 sent += 1
+        rows, found = picture(uri, sweep["keys"])
+        publisher.frontier(rows)
+        publisher.alarms(found)
         notes += publisher.close(0)
     where = "W&B" if not notes and online else "offline runs (set WANDB_API_KEY to publish)"
     return "; ".join([f"{sent} cells of {len(sweeps)} sweep(s) written to {where}", *notes])

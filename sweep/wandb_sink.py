@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..actors.cell import DIMENSIONS
+from ..actors.errors import BadInput
 from .config import SweepConfig
+from .progress import frontier_keys
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,13 @@ SUMMARY = (
 )  # fmt: skip
 
 
+#: Columns of view ``results`` in the table of the sweep's run.
+FRONTIER = (
+    "key", "model", "method", "bits", "sparsity", "pattern", "size_bytes", "bits_per_weight", "perplexity", "mmlu", "trust", "worst_drop",
+    *DIMENSIONS,
+)  # fmt: skip
+
+
 class Publisher:
     """Writes runs. ``mode`` falls back to offline when the server fails; ``notes`` says so."""
 
@@ -37,7 +46,6 @@ class Publisher:
         self.config, self.sweep, self.folder = config, sweep, folder
         self.mode = config.wandb.mode
         self.notes: list[str] = []
-        self.rows: list[dict[str, Any]] = []
         self.run: Any = None
         self._alarmed: set[str] = set()
         os.makedirs(folder, exist_ok=True)
@@ -79,11 +87,10 @@ class Publisher:
         )
 
     def cell(self, row: Mapping[str, Any], items: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """One finished or failed cell: its run, and a line of the sweep's table."""
+        """One finished or failed cell: its run."""
         import wandb
 
         flat = flatten(row)
-        self.rows.append(flat)
         try:
             run = self._init(
                 id=f"{self.sweep}-{row['key']}", name=label(row), job_type="cell", tags=[row["method"], row["suite"] or "none"],
@@ -105,28 +112,27 @@ class Publisher:
         if self.run is not None:
             self.run.log(dict(figures))
 
-    def frontier(self) -> None:
-        """Cells and their frontier (size against trust, or against perplexity where trust is incomplete) as tables of the sweep's run."""
+    def frontier(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Cells (rows of view ``results``) as a table of the sweep's run, those on the frontier of size and trust or perplexity marked."""
         import wandb
 
-        done = [r for r in self.rows if r["status"] == "done"]
-        if not done or self.run is None:
+        if not rows or self.run is None:
             return
-        names = ["key", "model", "method", "bits", "sparsity", "pattern", "size_bytes", "bits_per_weight", "utility/perplexity"]
-        names += [f"{d}/score" for d in DIMENSIONS]
-        front = set(frontier_keys(done))
-        data = [[r.get(n) for n in names] + [r["key"] in front] for r in done]
-        table = wandb.Table(columns=[*names, "on_frontier"], data=data)
-        self.run.log({"frontier": table})
+        front = set(frontier_keys(rows))
+        data = [[r[n] for n in FRONTIER] + [r["key"] in front] for r in rows]
+        self.run.log({"frontier": wandb.Table(columns=[*FRONTIER, "on_frontier"], data=data)})
         self.run.summary["on_frontier"] = len(front)
 
-    def alarms(self, found: Sequence[str]) -> None:
-        """Alarms as they come: a summary list and, online, a W&B alert each, once."""
-        fresh = [a for a in found if a not in self._alarmed]
-        if self.run is None or not fresh:
+    def alarms(self, found: Sequence[Any]) -> None:
+        """Alarms as they come: the summary lists all; online each warning is a W&B alert, once."""
+        if self.run is None:
             return
-        self._alarmed.update(fresh)
-        self.run.summary["alarms"] = sorted(self._alarmed)
+        texts = {f"{a.code}: {a.model} {a.cell}: {a.message}": a.severity for a in found}
+        for text in texts.keys() - self._alarmed:
+            if texts[text] == "warning" and self.mode == "online":
+                self.run.alert(title=text.partition(":")[0], text=text)
+        self._alarmed |= set(texts)
+        self.run.summary["alarms"] = sorted(texts)
 
     def close(self, exit_code: int, figures: Mapping[str, Any] | None = None) -> list[str]:
         """End the sweep's run with its last figures; returns what went wrong on the way."""
@@ -135,7 +141,6 @@ class Publisher:
         try:
             if figures:
                 self.progress(figures)
-            self.frontier()
             if self.run is not None:
                 self.run.finish(exit_code=exit_code)
             wandb.teardown()  # completes an offline file; finish() alone may leave its last block unwritten
@@ -160,25 +165,6 @@ def label(row: Mapping[str, Any]) -> str:
     parts += [f"{row['sparsity']:.0%}"] if row.get("sparsity") and row.get("pattern") in (None, "unstructured") else []
     parts += [f"seed {row['seed']}"] if row.get("seed") else []
     return " ".join(map(str, parts))
-
-
-def frontier_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys on the frontier of size (least) and trust mean (most) or perplexity (least)."""
-    import moocore
-    import numpy as np
-
-    scores = [[r.get(f"{d}/score") for d in DIMENSIONS] for r in rows]
-    trusted = all(None not in s for s in scores)
-    second = [-float(np.mean(s)) for s in scores] if trusted else [r.get("utility/perplexity") for r in rows]
-    usable = [
-        (r["key"], float(r["size_bytes"]), v)
-        for r, v in zip(rows, second, strict=True)
-        if v is not None and r.get("size_bytes")
-    ]
-    if not usable:
-        return []
-    keep = moocore.is_nondominated(np.array([u[1:] for u in usable]), keep_weakly=True)
-    return [u[0] for u, k in zip(usable, keep, strict=True) if k]
 
 
 # -- the actor --------------------------------------------------------------------------------------------------------
@@ -208,19 +194,40 @@ class SinkActor:
         self.publisher.progress(figures)
         return self.publisher.notes
 
+    def picture(self, rows: list[dict[str, Any]], found: list[Any]) -> None:
+        self.publisher.frontier(rows)
+        self.publisher.alarms(found)
+
     def close(self, exit_code: int, figures: dict[str, Any]) -> list[str]:
         return self.publisher.close(exit_code, figures)
+
+
+def picture(uri: str, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Finished cells of a sweep as rows of view ``results``, and their alarms; cells of earlier runs included."""
+    from .alarms import alarms
+    from .results import load_results
+
+    try:
+        results = load_results(uri)
+    except BadInput:  # nothing recorded yet
+        return [], []
+    mine = set(keys)
+    rows = [r for r in results.rows("select * from results where status = 'done' order by size_bytes") if r["key"] in mine]
+    return rows, [a for a in alarms(results) if a.key in mine] if rows else []
 
 
 class Sink:
     """The driver's end: never waits, except for ``finish``, and there at most its time limit."""
 
-    def __init__(self, actor: Any, say: Callable[[str], None]) -> None:
-        self.actor, self.say = actor, say
+    def __init__(self, actor: Any, picture: Callable[[], Any], timeout: float, say: Callable[[str], None]) -> None:
+        """``picture``: begins to draw in a process of its own and returns its reference."""
+        self.actor, self.picture, self.timeout, self.say = actor, picture, timeout, say
         self.last = 0.0
         self.said: set[str] = set()
         self._pid = actor.pid.remote()
         self._pending: Any = None
+        self._drawing: Any = None
+        self._begun, self._cost = time.monotonic(), 0.0  # of the last picture, seconds
 
     def cell(self, row: dict[str, Any]) -> None:
         self.actor.cell.remote(row)
@@ -241,18 +248,36 @@ class Sink:
             {**_figures(outcome), "cells/running": sum(bool(w["key"]) for w in snap["workers"])}
         )
 
+    def draw(self, last: bool = False) -> None:
+        """Frontier and alarms of the record so far, at most once a minute and in a twentieth of the time; at the end for certain."""
+        import ray
+
+        now = time.monotonic()
+        if last or (self._drawing is None and now - self._begun >= max(60.0, 20 * self._cost)):
+            self._begun, self._drawing = now, self.picture()
+        if self._drawing is None:
+            return
+        try:
+            if not last and not ray.wait([self._drawing], timeout=0)[0]:
+                return
+            drawn = ray.get(self._drawing, timeout=self.timeout)
+            self.actor.picture.remote(*drawn)
+        except Exception as e:  # as for finish
+            self._say([f"W&B has no current frontier ({type(e).__name__}); publish with `comptrust sync`"])
+        self._drawing, self._cost = None, time.monotonic() - self._begun
+
     def _say(self, notes: Sequence[str]) -> None:
         for note in notes:
             if note not in self.said:
                 self.said.add(note)
                 self.say(note)
 
-    def finish(self, outcome: Any, timeout: float) -> None:
-        """Close the runs; after ``timeout`` (plus a grace for the calls before it) end the actor and every process it started."""
+    def finish(self, outcome: Any) -> None:
+        """Close the runs; after the time limit (plus a grace for the calls before it) end the actor and every process it started."""
         import psutil
         import ray
 
-        children: list[psutil.Process] = []
+        timeout, children = self.timeout, []
         try:
             me = psutil.Process(ray.get(self._pid, timeout=timeout))
             children = [me, *me.children(recursive=True)]
@@ -272,17 +297,20 @@ def _figures(outcome: Any) -> dict[str, int]:
     return {"cells/done": outcome.done, "cells/failed": outcome.failed, "cells/total": outcome.total}
 
 
-def start_sink(config: SweepConfig, sweep: str, name: str, say: Callable[[str], None]) -> Sink:
+def start_sink(config: SweepConfig, identity: str, keys: Sequence[str], name: str, say: Callable[[str], None]) -> Sink:
     """The sink on the driver's own node (it writes offline runs to the driver's disk)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = "://" in config.results
     folder = os.path.abspath(os.path.join("results", config.name) if remote else config.results)
+    record = config.results if remote else folder
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = (
         ray.remote(SinkActor)
         .options(name=name, num_cpus=0, scheduling_strategy=here)
-        .remote(config.model_dump(mode="json"), sweep, folder, config.results if remote else folder)
+        .remote(config.model_dump(mode="json"), identity, folder, record)
     )
-    return Sink(actor, say)
+    # A process for each picture: it reads every item of the record, and gives the memory back.
+    draw = ray.remote(max_calls=1, max_retries=0)(picture).options(num_cpus=0, scheduling_strategy=here)
+    return Sink(actor, lambda: draw.remote(record, list(keys)), config.wandb.finish_timeout_s, say)

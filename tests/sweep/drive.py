@@ -1,4 +1,5 @@
-"""A driver process for fault tests: python drive.py SWEEP.yaml RESULTS [--address A]; runs the sweep with the synthetic executor."""
+"""A driver process for fault tests: python drive.py SWEEP.yaml RESULTS [--address A]; runs the sweep with the
+executor of synthetic_executor.py that EXECUTOR names (Synthetic)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if __name__ == "__main__":
     sweep, results, *rest = sys.argv[1:]
     try:
         outcome = run_sweep(
-            sweep, results=results, address=rest[1] if rest else None, executor="synthetic_executor:Synthetic",
+            sweep, results=results, address=rest[1] if rest else None,
+            executor=f"synthetic_executor:{os.environ.get('EXECUTOR', 'Synthetic')}",
             overrides=[o for o in os.environ.get("SWEEP_SET", "").split(";") if o],
         )  # fmt: skip
     except BadInput as e:

@@ -8,9 +8,18 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from comptrust.actors.actor import WorkerConfig, cell_row
+from comptrust.actors.actor import Worker, WorkerConfig, cell_row
 from comptrust.actors.cell import DIMENSIONS, Cell
 from comptrust.actors.record import Record
+
+
+class Logged(Worker):
+    """The real worker; ``SYNTHETIC_LOG`` gets a line for each cell that it begins."""
+
+    def prepare(self, cell: Cell) -> None:
+        with open(os.environ["SYNTHETIC_LOG"], "a") as f:
+            f.write(f"start {cell.key} {os.getpid()} {time.time():.6f}\n")
+        super().prepare(cell)
 
 
 class Synthetic:
@@ -62,10 +71,11 @@ class Synthetic:
         items = [
             {
                 "dimension": "ethics",
-                "scenario": "zero-shot",
+                "scenario": "zero_shot",
                 "item": f"i{i}",
                 "sample": 0,
                 "cluster": f"i{i}",
+                "target": '{"run": "", "label": 0}',
                 "outcome": "correct",
                 "score": 1.0,
             }

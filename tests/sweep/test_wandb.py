@@ -58,10 +58,13 @@ def test_offline_files_hold_what_was_logged(tiny, tmp_path):
     whole = runs[f"{sweep}-sweep"]
     assert whole["job_type"] == "sweep" and whole["exit"] == 1
     assert whole["config"]["name"] == "tiny" and whole["summary"]["on_frontier"] >= 1
-    assert whole["history"][-2]["cells/done"] == 3 and whole["history"][-2]["cells/failed"] == 1
+    assert whole["history"][-1]["cells/done"] == 3 and whole["history"][-1]["cells/failed"] == 1
     table = json.loads(next((results / "wandb").glob("offline-run-*-sweep/files/media/table/frontier*.json")).read_text())
+    from comptrust.sweep.alarms import alarms
     from comptrust.sweep.results import load_results
 
+    found = alarms(load_results(results))
+    assert found and len(whole["summary"]["alarms"]) == len(found)  # by chance some synthetic cell gains 10 points or more
     assert {row[0] for row in table["data"]} == {r["key"] for r in load_results(results).rows("select key from cells")}
 
     rows = {r["key"]: r for r in load_results(results).rows("select * from results")}
@@ -77,7 +80,6 @@ def test_offline_files_hold_what_was_logged(tiny, tmp_path):
     assert bad["summary"]["error"] == "bad cell"
 
 
-@pytest.mark.slow  # its driver ended without an answer in two of four runs: cause not found yet
 def test_online_server_gets_every_run(tiny, tmp_path):
     results = tmp_path / "results"
     with Server() as server:
@@ -128,14 +130,20 @@ def test_online_without_a_key_is_bad_input(tiny, tmp_path):
 
 
 def test_frontier_keys_are_the_undominated():
-    from comptrust.sweep.wandb_sink import frontier_keys
+    from comptrust.sweep.progress import frontier_keys
 
     rows = [
-        {"key": "small", "size_bytes": 1, "utility/perplexity": 30.0}, {"key": "good", "size_bytes": 9, "utility/perplexity": 10.0},
-        {"key": "dominated", "size_bytes": 9, "utility/perplexity": 11.0}, {"key": "twin", "size_bytes": 1, "utility/perplexity": 30.0},
-        {"key": "unknown", "size_bytes": 0.5, "utility/perplexity": None},
-    ]  # fmt: skip
+        {"key": "small", "size_bytes": 1, "perplexity": 30.0, "trust": 20.0},
+        {"key": "good", "size_bytes": 9, "perplexity": 10.0, "trust": 90.0},
+        {"key": "dominated", "size_bytes": 9, "perplexity": 11.0, "trust": 80.0},
+        {"key": "twin", "size_bytes": 1, "perplexity": 30.0, "trust": 20.0},
+        {"key": "fluent", "size_bytes": 8, "perplexity": 9.0, "trust": 10.0},
+    ]
     assert frontier_keys(rows) == ["small", "good", "twin"]
+    rows[0]["trust"] = None  # one incomplete trust: perplexity for all
+    assert frontier_keys(rows) == ["small", "twin", "fluent"]
+    unknown = {"key": "unknown", "size_bytes": 0.5, "perplexity": None, "trust": None}
+    assert frontier_keys([*rows, unknown]) == ["small", "twin", "fluent"]
 
 
 def test_sync_writes_the_record_again(tiny, tmp_path):
