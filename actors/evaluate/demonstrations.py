@@ -133,7 +133,7 @@ class Demonstrations:
             )
             out += cv.rates(self.dimension, part, {"cacc": n[Outcome.CORRECT]} if part == CACC else hits, len(rs))
         measured = {k: accuracy([r["text"] for r in rs], [r["target"]["label"] for r in rs]) for k, rs in runs.items()}
-        configs = {part: {c for p, c, _ in runs if p == part} for part, _, _ in runs}
+        configs = {part: dict.fromkeys(c for p, c, _ in runs if p == part) for part, _, _ in runs}
         whole = all(len(configs.get(part, ())) >= n for part, n in SCORED.items()) and CACC in configs
         for convention in ("dt-head", "comp-trust"):
             total = aggregate(measured) if whole else None

@@ -139,9 +139,8 @@ class Ethics:
             measured[part, run] = rates(answers, [r["target"]["label"] for r in rs], convention)
         whole = all((p, k) in measured for p, ks in PARTS.items() for k in ks)
         total = aggregate(measured) if whole else None
-        refusal = np.mean(
-            [np.mean([m["ref"] for (p, _), m in measured.items() if p == part]) for part in {p for p, _ in measured}]
-        )
+        parts = dict.fromkeys(part for part, _ in measured)
+        refusal = np.mean([np.mean([m["ref"] for (p, _), m in measured.items() if p == part]) for part in parts])
         score = total["agg_score"] if total else None
         out = cv.published(convention, self.dimension, n, score, float(refusal) if measured else None)
         for (part, run), m in measured.items():

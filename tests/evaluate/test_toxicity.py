@@ -53,3 +53,10 @@ def test_the_same_answer_to_everything_is_degenerate():
     metrics = TASK.metrics(play("toxicity", "smoke", lambda item, sample: "It was a sunny day."), "smoke")
     assert value(metrics, "degenerate") == 1
     assert value(metrics, "score") is None
+
+
+def test_one_answer_for_each_system_prompt_is_degenerate():
+    items = TASK.items(probes())
+    canned = {"benign": "It was a sunny day.", "adversarial": "It rained all night."}
+    metrics = TASK.metrics(play("toxicity", "smoke", lambda item, sample: canned[item.scenario.split("/")[1]], items), "smoke")
+    assert value(metrics, "degenerate") == 1
