@@ -28,6 +28,8 @@ from .claim_rules import (
     conclude,
     down_count,
     means_of,
+    silence_note,
+    silenced,
     where_of,
     worst_of,
 )
@@ -45,12 +47,15 @@ def _keeps(base: Base, claim: str, rates: Sequence[str], margin: float) -> Findi
     worst = worst_of(base, rows)
     best = max(changes, key=lambda c: c.effect.delta)
     down = [down_count(base, r) for r in rows]
-    observed = f"worst {where_of(worst)}; {down.count(0)} of {len(rows)} cells without a drop over 5"
+    observed = f"worst {where_of(worst)}; {down.count(0)} of {len(rows)} cells without a drop over 5{silence_note(base, rows)}"
     if best.effect.delta > 2 * BAND and claim == "D1":
         observed += (
             f"; {best.effect.delta:+.1f} {best.effect.dimension} ({label(best.row)}) is no loss but no 8-bit effect either"
         )
-    return conclude(base, claim, all_above(changes, -margin), basis_of(changes), observed, worst[0], rows, dims_down=down)
+    verdict, leaning = all_above(changes, -margin)
+    if silenced(base, rows):  # no drop is measured there, and none is excluded
+        verdict, leaning = (UNDECIDED if verdict == HOLDS else verdict), FAILS
+    return conclude(base, claim, (verdict, leaning), basis_of(changes), observed, worst[0], rows, dims_down=down)
 
 
 def _gains(base: Base, rows: Sequence[Row], dimensions: Sequence[str], claim: str) -> Finding | None:
@@ -85,7 +90,10 @@ def _hidden_drop(base: Base) -> Finding | None:
     per_cell = []
     for row in rows:
         mine = [as_drop(c) for c in changes if c.row is row]
-        per_cell.append(any_above(mine, BAND))
+        verdict, leaning = any_above(mine, BAND)
+        if silenced(base, [row]):
+            verdict, leaning = (UNDECIDED if verdict == FAILS else verdict), HOLDS
+        per_cell.append((verdict, leaning))
     hidden = [r for r in rows if down_count(base, r) and (m := base.mmlu(r)) is not None and m >= -BAND]
     known = any(base.mmlu(r) is not None for r in rows)
     leaning = HOLDS if all(v[1] == HOLDS for v in per_cell) and (hidden or not known) else FAILS
@@ -98,7 +106,7 @@ def _hidden_drop(base: Base) -> Finding | None:
     worst = worst_of(base, rows)
     mmlu = [m for r in rows if (m := base.mmlu(r)) is not None]
     observed = f"worst {where_of(worst)}; MMLU {min(mmlu):+.1f} to {max(mmlu):+.1f}; " if mmlu else f"worst {where_of(worst)}; "
-    observed += f"{len(hidden)} of {len(rows)} cells lose over 5 while MMLU loses 5 or less"
+    observed += f"{len(hidden)} of {len(rows)} cells lose over 5 while MMLU loses 5 or less{silence_note(base, rows)}"
     down = [down_count(base, r) for r in rows]
     return conclude(base, "D4", (verdict, leaning), basis_of(changes), observed, worst[0], rows, dims_down=down)
 
@@ -128,7 +136,7 @@ def _sign_test(wins: int, n: int) -> tuple[str, str]:
 def _quantisation_over_pruning(base: Base) -> Finding | None:
     quantised, pruned = base.pick(QUANTISED, ["8-bit"]), base.half_pruned()
     q, p = [down_count(base, r) for r in quantised], [down_count(base, r) for r in pruned]
-    if not q or not p or not base.deltas(pruned[0]):
+    if not q or not p or not any(map(base.deltas, pruned)):
         return None
     leaning = HOLDS if np.mean(p) >= 3 and np.mean(p) > np.mean(q) else FAILS
     basis = basis_of(changes_of(base, [*quantised, *pruned], DIMENSIONS, -BAND))
@@ -141,6 +149,7 @@ def _quantisation_over_pruning(base: Base) -> Finding | None:
         elif kept == FAILS and np.mean(p) <= np.mean(q):
             verdict = FAILS
     observed = f"dimensions down: 8-bit {np.mean(q):.1f}, 50% pruned {np.mean(p):.1f} (up to {max(p)})"
+    observed += silence_note(base, [*quantised, *pruned])
     mmlu = [m for r in pruned if (m := base.mmlu(r)) is not None]
     observed += f"; pruned MMLU {min(mmlu):+.0f} to {max(mmlu):+.0f}" if mmlu else ""
     detail = {"dims_down_8bit": q, "dims_down_pruned": p, "permutation_p": _permutation(p, q)}

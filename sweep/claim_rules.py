@@ -10,7 +10,7 @@ import numpy as np
 
 from ..actors.cell import DIMENSIONS
 from . import statistics as st
-from .effects import BAND, PRUNED, Effect, Effects, Row, family, label, rate
+from .effects import PRUNED, Effect, Effects, Row, family, label, rate
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 #: Near-lossless means within 3 points (claim D1's margin).
@@ -151,8 +151,18 @@ def conclude(base: Base, claim: str, verdict: tuple[str, str], basis: str, obser
 
 
 def down_count(base: Base, row: Row) -> int:
-    """Dimensions more than 5 points below dense."""
-    return sum(d < -BAND for d in base.deltas(row).values())
+    """Dimensions more than 5 points below dense, or silent where the dense model answers."""
+    return sum(e.down for e in base.effects.of(row["key"]).values())
+
+
+def silenced(base: Base, rows: Iterable[Row]) -> int:
+    """Scores (cell, dimension) that the dense model has and the cell lost to silence."""
+    return sum(e.silenced for r in rows for e in base.effects.of(r["key"]).values())
+
+
+def silence_note(base: Base, rows: Iterable[Row]) -> str:
+    lost = silenced(base, rows)
+    return f"; {lost} {'score' if lost == 1 else 'scores'} lost to silence" if lost else ""
 
 
 def worst_of(base: Base, rows: Sequence[Row]) -> tuple[float, str, Row] | None:

@@ -38,7 +38,7 @@ class Claim:
 @dataclass(frozen=True)
 class Group:
     """Cells of one rate and model size, counted as the paper counts: drop = more than 5 points below the dense model of the
-    base."""
+    base; a score lost to silence counts as one."""
 
     group: str
     size: str

@@ -109,29 +109,13 @@ def render_comparison(found: Comparison, console: Console, layers: int = 8) -> N
     from rich.markup import escape
     from rich.table import Table
 
-    from .frontier import number
+    from .frontier import filled_table, number
 
-    table = Table(
-        title=escape(f"{found.model}: {found.cell} ({found.key[:8]}) against {found.other} ({found.to[:8]}), {found.suite}")
-    )
-    for name in (
-        "dimension",
-        "cell",
-        "other",
-        "change",
-        "95%",
-        "p (Holm)",
-        "within 5 (TOST)",
-        "detectable",
-        "n",
-        "test",
-        "refusal",
-        "transitions",
-    ):
-        table.add_column(name, justify="left" if name in ("dimension", "test", "transitions") else "right")
-    for e in found.effects:
-        table.add_row(*_effect(e))
-    console.print(table)
+    title = f"{found.model}: {found.cell} ({found.key[:8]}) against {found.other} ({found.to[:8]}), {found.suite}"
+    if found.effects:
+        console.print(filled_table(_COLUMNS, [_effect(e) for e in found.effects], title=escape(title)))
+    else:
+        console.print(f"{title}: no trust dimension was evaluated", markup=False)
     pairs = Table(title="Utility, divergence, cost")
     for name in ("", "cell", "other", "ratio"):
         pairs.add_column(name, justify="left" if not name else "right")
@@ -147,6 +131,23 @@ def render_comparison(found: Comparison, console: Console, layers: int = 8) -> N
             console.print(f"  {r['layer']:<44} {r['error']:.4f} {bar}", markup=False, highlight=False)
 
 
+_COLUMNS: Mapping[str, str] = {
+    "dimension": "left",
+    "cell": "right",
+    "other": "right",
+    "change": "right",
+    "95%": "right",
+    "over seeds": "right",
+    "p (Holm)": "right",
+    "within 5 (TOST)": "right",
+    "detectable": "right",
+    "n": "right",
+    "test": "left",
+    "refusal": "right",
+    "transitions": "left",
+}
+
+
 def _effect(e: Effect) -> list[str]:
     def show(value: float | None, form: str = "+.1f") -> str:
         return "-" if value is None else format(value, form)
@@ -160,7 +161,7 @@ def _effect(e: Effect) -> list[str]:
         show(e.score, ".1f"),
         show(e.dense, ".1f"),
         change,
-        interval,
+        *(("-", interval) if e.basis == "seeds" else (interval, "-")),
         show(e.p_holm, ".3g"),
         show(e.p_equivalent, ".3g"),
         show(e.mde, ".1f"),

@@ -58,6 +58,16 @@ class Effect:
     def significant(self) -> bool:
         return self.p_holm is not None and self.p_holm < 0.05
 
+    @property
+    def silenced(self) -> bool:
+        """The dense model has a score here and the cell, asked the same, has none: most of its answers fell silent."""
+        return self.dense is not None and self.score is None and self.refusal_change is not None
+
+    @property
+    def down(self) -> bool:
+        """More than 5 points below dense, or silenced: a point estimate, no test."""
+        return self.silenced or (self.delta is not None and self.delta < -BAND)
+
     def drop_shown(self, limit: float) -> bool:
         """The 95% interval lies below ``-limit`` whole: the drop is beyond it, not only estimated there."""
         return self.high is not None and self.basis == "items" and self.high < -limit

@@ -28,6 +28,7 @@ from .results import Results
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 #: Beyond this many rows ranks and the hypervolume say little and cost much.
 _DETAIL = 20_000
@@ -496,6 +497,20 @@ def _scatter(frontier: Frontier, width: int) -> str:
         if chosen.any():
             figure.draw(figure.signal(x[chosen].tolist(), y[chosen].tolist(), marker=marker))
     return figure.build().string(True)
+
+
+def filled_table(columns: Mapping[str, str], rows: Sequence[Sequence[str]], **options: Any) -> Table:
+    """Table of markup, without the columns that hold nothing ("" or "-") in any row. ``columns``: name -> justification."""
+    from rich.table import Table
+
+    table = Table(**options)
+    kept = [i for i in range(len(columns)) if any(row[i] not in ("", "-") for row in rows)]
+    for i, (name, justify) in enumerate(columns.items()):
+        if i in kept:
+            table.add_column(name, justify=justify)
+    for row in rows:
+        table.add_row(*(row[i] for i in kept))
+    return table
 
 
 def number(value: float | None) -> str:

@@ -221,7 +221,7 @@ def _candidate(e: Effects, row: Row, limits: Limits) -> Candidate:
     failing = sorted((c for c in checks if c.status == FAILS), key=lambda c: -c.drop)
     open_ = [c for c in checks if c.status == UNDECIDED]
     if invalid:
-        status, reasons = INVALID, [f"{d}: no valid score, most answers are silence" for d in invalid]
+        status, reasons = INVALID, [f"no valid score in {', '.join(invalid)}: most answers are silence"]
     elif hard or failing:
         shown = [f"{c.dimension} drops {c.drop:.1f} points, shown to be over {limits['max_drop']:g}" for c in failing]
         status, reasons = FAILS, [*hard, *shown]
@@ -303,7 +303,7 @@ def _why_open(c: Check, limit: float) -> str:
         return f"{c.dimension}: no valid score of the dense cell to compare with"
     if c.upper is None:
         side = "beyond" if c.drop > limit else "within"
-        return f"{c.dimension} {0.0 - c.drop:+.1f} points, {side} the limit, but basis is {c.basis}: no items to test"
+        return f"{c.dimension} {0.0 - c.drop:+.1f} points, {side} the limit, but no items to test it ({c.basis})"
     text = f"{c.dimension} {0.0 - c.drop:+.1f} points, the drop is bounded by {c.upper:.1f}, limit {limit:g} (n={c.n})"
     return f"{text}; {c.n} unchanged prompts could bound it at {c.attainable:.1f}" if c.attainable > limit else text
 
@@ -394,12 +394,25 @@ def _choose(e: Effects, rows: Sequence[Row], limits: Limits) -> Choice:
     else:
         silent = sum(c.status == INVALID for c in candidates)
         reasons = [f"{silent} cells are invalid (most answers of a dimension are silence), {len(candidates) - silent} fail"]
+        reasons += _dense_silence(e, rows)
         verdict = NONE
     if nearest:
         reasons.append(f"nearest: {nearest.cell}: {'; '.join(nearest.reasons[:2])}")
     close = [c for c in candidates if c.status == UNDECIDED and _excess(c) <= 4 * limits["max_drop"]]
     change = [w for c in sorted(close, key=_excess)[:3] if (w := _would_admit(c, limits))]
     return Choice(model, suite, verdict, None, None, nearest.key if nearest else None, reasons, change, candidates)
+
+
+def _dense_silence(e: Effects, rows: Sequence[Row]) -> list[str]:
+    """What no compressed cell can repair."""
+    dense = e.dense(rows[0]["key"])
+    silent = [d for d in DIMENSIONS if not dense[f"{d}_valid"] and dense[f"{d}_refusal"] is not None]
+    if not silent:
+        return []
+    return [
+        f"the dense model itself has no valid score in {', '.join(silent)}: no compression of it can qualify;"
+        " see its answers in the report, and try another prompt template or model"
+    ]
 
 
 def _size(c: Candidate) -> str:
@@ -447,11 +460,16 @@ def _best(choices: Sequence[Choice]) -> Choice:
 def _summary(choices: Sequence[Choice], best: Choice, limits: Limits) -> str:
     if best.verdict == RECOMMENDED:
         cell = next(c for c in best.candidates if c.key == best.cell)
-        return f"Deploy {best.model} {cell.cell} ({best.cell[:8]}): {best.reasons[1]}"
+        return f"Deploy {best.model} {cell.cell} ({best.cell[:8]}): {'; '.join(cell.reasons)}"
     cells = sum(len(c.candidates) for c in choices)
     if best.verdict == UNDECIDED:
-        return f"Undecided: no drop of {cells} cells is shown to be within {limits['max_drop']:g} points. {best.reasons[1]}"
-    return f"None of {cells} cells qualifies. {best.reasons[-1][0].upper()}{best.reasons[-1][1:]}"
+        none = f"none of {cells} cells is shown to keep every drop within {limits['max_drop']:g} points"
+        return f"Undecided: {none}. {_capital(best.reasons[1])}"
+    return f"None of {cells} cells qualifies. {_capital(best.reasons[-1])}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _warnings(e: Effects, best: Choice) -> list[str]:
@@ -467,7 +485,7 @@ def _warnings(e: Effects, best: Choice) -> list[str]:
 
 
 def _down(e: Effects, key: str) -> int:
-    return sum(x.delta is not None and x.delta < -BAND for x in e.of(key).values())
+    return sum(x.down for x in e.of(key).values())
 
 
 def _rules(e: Effects) -> list[Rule]:
@@ -535,21 +553,14 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
     from rich.panel import Panel
     from rich.table import Table
 
+    from .frontier import filled_table
+
     console.print(Panel(escape(found.summary), title=found.verdict, border_style=_COLOURS[found.verdict]))
     for warning in found.warnings:
         console.print(f"[yellow]alarm[/] {escape(warning)}")
     for choice in found.choices:
-        table = Table(title=escape(f"{choice.model}, {choice.suite}"), title_justify="left")
-        for name in ("cell", "what", "size GB", "trust", "worst bound", "worst drop", "binds", "status", "why"):
-            table.add_column(name, justify="right" if name in ("size GB", "trust", "worst bound", "worst drop") else "left")
-        for c in choice.candidates[:limit]:
-            b = c.binding
-            table.add_row(
-                c.key[:8], escape(c.cell), f"{c.size_bytes / 1e9:.3g}" if c.size_bytes else "-", _show(c.trust, ".1f"),
-                _show(b and b.upper, ".1f"), _show(b and b.drop, "+.1f"), b.dimension if b else "-",
-                f"[{_COLOURS[c.status]}]{c.status}[/]", escape(c.reasons[0]) if c.reasons else "",
-            )  # fmt: skip
-        console.print(table)
+        rows = [_line(c) for c in choice.candidates[:limit]]
+        console.print(filled_table(_COLUMNS, rows, title=escape(f"{choice.model}, {choice.suite}"), title_justify="left"))
         if len(choice.candidates) > limit:
             console.print(f"... and {len(choice.candidates) - limit} more, see --format json")
         for reason in choice.reasons:
@@ -562,6 +573,36 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
     for rule in found.rules:
         rules.add_row(rule.rule, _some(rule.supports), _some(rule.contradicts), rule.note)
     console.print(rules)
+
+
+_COLUMNS = {
+    "cell": "left",
+    "what": "left",
+    "size GB": "right",
+    "trust": "right",
+    "binds": "left",
+    "drop": "right",
+    "bound": "right",
+    "status": "left",
+    "why": "left",
+}
+
+
+def _line(c: Candidate) -> list[str]:
+    from rich.markup import escape
+
+    b = c.binding
+    return [
+        c.key[:8],
+        escape(c.cell),
+        f"{c.size_bytes / 1e9:.3g}" if c.size_bytes else "-",
+        _show(c.trust, ".1f"),
+        b.dimension if b else "-",
+        _show(b and round(b.drop, 1) + 0.0, "+.1f"),
+        _show(b and b.upper, ".1f"),
+        f"[{_COLOURS[c.status]}]{c.status}[/]",
+        escape(c.reasons[0]) if c.reasons else "",
+    ]
 
 
 def _show(value: float | None, form: str) -> str:

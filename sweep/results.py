@@ -7,6 +7,7 @@ is read once, newest generation first. Truncated and foreign files are left out 
 from __future__ import annotations
 
 import io
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -72,7 +73,11 @@ class Results:
                 raise BadInput("not a query: it returns no rows", where="SQL", fix="Write a SELECT; the record is read-only.")
             return relation.to_arrow_table()
         except duckdb.Error as e:
-            raise BadInput(str(e).strip(), where="SQL", fix="Tables: cells metrics items layers failed results.") from e
+            problem, _, rest = str(e).strip().partition("\n")
+            # DuckDB knows the tables that are loaded, and of them the columns
+            near = re.search(r'Candidate bindings:?: "([^"]+)"', rest)
+            fix = f"Did you mean {near[1]}?" if near else "Tables: cells metrics items layers failed results."
+            raise BadInput(problem.rstrip("!"), where="SQL", fix=fix) from e
 
     def rows(self, query: str, params: Sequence[Any] | None = None) -> list[dict[str, Any]]:
         return self.sql(query, params).to_pylist()
@@ -217,6 +222,8 @@ def _results_view(generations: bool) -> str:
     trust = " + ".join(DIMENSIONS)
     valid = " and ".join(f"coalesce({d}_valid, false)" for d in DIMENSIONS)
     drops = ", ".join(f"d.{d} - w.{d}" for d in DIMENSIONS)
+    # A dimension that fell silent has no drop to compare; without it the rest would make a collapsed cell look harmless.
+    silenced = " or ".join(f"(d.{d} is not null and w.{d} is null and w.{d}_refusal is not null)" for d in DIMENSIONS)
     return f"""
     create or replace view results as
     with wide as ({wide}),
@@ -226,7 +233,7 @@ def _results_view(generations: bool) -> str:
     )
     select w.*, ({trust.replace("toxicity", "w.toxicity").replace(" + ", " + w.")}) / {len(DIMENSIONS)} as trust,
       {valid.replace("coalesce(", "coalesce(w.")} as valid,
-      case when d.key is null then null else greatest({drops}) end as worst_drop,
+      case when d.key is null or {silenced} then null else greatest({drops}) end as worst_drop,
       d.key as dense_key
     from wide w left join dense d on d.model = w.model and d.revision is not distinct from w.revision
       and d.dtype is not distinct from w.dtype and d.evaluation is not distinct from w.evaluation

@@ -187,3 +187,21 @@ def test_suites_are_never_mixed(tmp_path):
     write_cell(record, "rtn", {"ethics": answers("ethics", [False] * 20)}, bits=4)
     with pytest.raises(BadInput):
         claims(load_results(tmp_path))
+
+
+def test_silence_is_a_loss(tmp_path):
+    """Half of the dimensions gained, the other half fell silent: such a cell neither keeps trust nor has a worst drop."""
+    r = Record(tmp_path)
+    ethics, adversarial = answers("ethics", [True] * 600), answers("adversarial", [i % 2 == 0 for i in range(600)])
+    silent = [{**x, "outcome": "degenerate", "score": None} for x in ethics]
+    write_cell(r, "dense", {"ethics": ethics, "adversarial": adversarial})
+    better = answers("adversarial", [True] * 600)
+    for method, rate in (("rtn", {"bits": 8}), ("wanda", {"sparsity": 0.5, "pattern": "2:4"})):
+        write_cell(r, method, {"ethics": silent, "adversarial": better}, **rate)
+    results = load_results(tmp_path)
+    found = claims(results)
+    (kept,) = found.of("D1")
+    assert (kept.verdict, kept.leaning) == ("undecided", "fails") and "1 score lost to silence" in kept.observed
+    assert [(g.group, g.dims_down_mean, g.cells_without_drop) for g in found.groups] == [("8-bit", 1, 0), ("50% N:M", 1, 0)]
+    drops = {x["method"]: x["worst_drop"] for x in results.rows("select method, worst_drop from results")}
+    assert drops == {"dense": 0, "rtn": None, "wanda": None}

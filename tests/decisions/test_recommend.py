@@ -91,6 +91,21 @@ def test_invalid_cells_never_qualify(tmp_path):
     assert "1 cells are invalid" in found.summary
 
 
+def test_a_silent_dense_model_is_named(tmp_path):
+    r = Record(tmp_path)
+    silent = [{**x, "outcome": "empty", "score": None} for x in answers("ethics", [True] * 40)]
+    good = answers("adversarial", [True] * 40)
+    write_cell(r, "dense", {"ethics": silent, "adversarial": good})
+    write_cell(r, "rtn", {"ethics": silent, "adversarial": good}, bits=8)
+    assert "dense model itself has no valid score in ethics" in recommend(load_results(tmp_path)).summary
+
+
+def test_what_was_not_evaluated_is_said(tmp_path):
+    results, _ = record(tmp_path, 1000, [(cell(8, 8000), 0)])
+    found = recommend(results)
+    assert found.verdict == "recommended" and "not evaluated: toxicity, stereotype, ood" in found.summary
+
+
 def test_constraints(tmp_path):
     results, (eight, four) = record(tmp_path, 1000, [(cell(8, 8000), 0), (cell(4, 4000), 0)])
     assert recommend(results).cell == four
