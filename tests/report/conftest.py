@@ -63,16 +63,19 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 @pytest.fixture
 def open_page(chromium, page: Path):
     """Load the page afresh: ``open_page(width=1280, scheme="light", media="screen")``."""
+    from selenium.webdriver.support.ui import WebDriverWait
 
     def load(path: Path = page, *, width: int = 1280, scheme: str = "light", media: str = "screen"):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        chromium.get("about:blank")  # the page before must not be taken for this one
         for log in ("browser", "performance"):
             chromium.get_log(log)
         chromium.get(path.as_uri())
-        assert chromium.execute_script("return document.documentElement.dataset.ready") == "true"
+        ready = "return document.documentElement.dataset.ready"
+        WebDriverWait(chromium, 20).until(lambda browser: browser.execute_script(ready) == "true")
         return chromium
 
     return load
