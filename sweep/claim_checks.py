@@ -157,7 +157,7 @@ def _quantisation_over_pruning(base: Base) -> Finding | None:
 
 
 def _permutation(high: Sequence[float], low: Sequence[float]) -> float:
-    """One-sided p that ``high`` is not larger on average than ``low``: exact permutation (at most 100,000 drawn)."""
+    """One-sided p that ``high`` is not larger on average than ``low``: exact permutation (9,999 drawn where there are more)."""
     from scipy.stats import permutation_test
 
     if min(len(high), len(low)) < 2:  # scipy's limit; one cell on a side could not decide anyway
@@ -166,7 +166,7 @@ def _permutation(high: Sequence[float], low: Sequence[float]) -> float:
     def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         return np.mean(x, axis=axis) - np.mean(y, axis=axis)
 
-    test = permutation_test((high, low), difference, alternative="greater", n_resamples=100_000, rng=np.random.default_rng(0))
+    test = permutation_test((high, low), difference, alternative="greater", n_resamples=9_999, rng=np.random.default_rng(0))
     return float(test.pvalue)
 
 

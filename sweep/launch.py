@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 EXECUTOR = "comptrust.actors.actor:Worker"
 #: Trials of a sweep at most: a larger grid gives each trial several cells, because Tune keeps state of every trial in the driver.
 MAX_TRIALS = 1000
+#: Nodes to come of an autoscaler's group without a limit.
+MAX_NODES = 1000
 #: Errors of a cell that a smaller batch can cure.
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
@@ -240,8 +243,9 @@ def _launch(
     stop = threading.Event()
     sink = watcher = None
     try:
-        needs = {m: need_of(config, m, grid) for m in grid.need}
-        workers = check_room(config, needs)
+        nodes = room()
+        needs = {m: need_of(config, m, grid, nodes) for m in grid.need}
+        workers = min(check_room(config, needs, nodes), len(todo))
         run = uuid.uuid4().hex[:6]
         worker_config = WorkerConfig(
             record=config.results if "://" in config.results else record.root,
@@ -342,33 +346,45 @@ def _reachable(target: str) -> None:
         ) from e
 
 
-def need_of(config: SweepConfig, model: str, grid: Grid) -> Need:
-    """Resources of a cell of ``model``. Without a GPU: CPU workers, a little under whole CPUs so that coordinators fit beside."""
+def room() -> list[dict[str, float]]:
+    """Resources of every node there is, and of those an autoscaler may add (``max_count`` of its groups, less the nodes there)."""
     import ray
+    from ray._private.state import state
 
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    config = state.get_cluster_config()
+    if config is None:
+        return [n["Resources"] for n in nodes]
+    there = Counter(n["Labels"].get("ray.io/node-group") for n in nodes)
+    out = [n["Resources"] for n in nodes]
+    for group in config.node_group_configs:
+        more = MAX_NODES if group.max_count < 0 else group.max_count - there[group.name]
+        out += [dict(group.resources)] * max(0, more)
+    return out
+
+
+def need_of(config: SweepConfig, model: str, grid: Grid, nodes: list[dict[str, float]]) -> Need:
+    """Resources of a cell of ``model``. Without a GPU: CPU workers, a little under whole CPUs so that coordinators fit beside."""
     own, common = grid.need[model], config.resources
-    have = ray.cluster_resources().get("GPU", 0)
+    have = any(n.get("GPU") for n in nodes)
     gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
     memory = own.memory_gb or common.memory_gb
     return Need(gpus, common.cpus if gpus else common.cpus - 0.1, int((memory or 0) * 1e9), common.cpus)
 
 
-def check_room(config: SweepConfig, needs: dict[str, Need]) -> int:
-    """How many workers fit now; ``BadInput`` at once if some cell fits on no node."""
-    import ray
-
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+def check_room(config: SweepConfig, needs: dict[str, Need], nodes: list[dict[str, float]]) -> int:
+    """How many workers fit; ``BadInput`` at once if some cell fits on no node."""
     fit = 0
     for model, need in needs.items():
-        if not any(_fits(need, r) for r in nodes):
-            most = max((r.get("GPU", 0) for r in nodes), default=0)
+        if not any(_fits(need, n) for n in nodes):
+            most = {k: max((n.get(k, 0) for n in nodes), default=0) for k in ("GPU", "CPU", "memory")}
             raise BadInput(
                 f"a cell of {model!r} needs {need.gpus:g} GPUs, {need.threads} CPUs and {need.memory / 1e9:g} GB; no node has that"
-                f" (largest: {most:g} GPUs, {max((r.get('CPU', 0) for r in nodes), default=0):g} CPUs)",
+                f" (largest: {most['GPU']:g} GPUs, {most['CPU']:g} CPUs, {most['memory'] / 1e9:.3g} GB)",
                 where="resources",
                 fix="Lower resources.gpus, cpus or memory_gb, or join a larger cluster with --address.",
             )
-        fit = max(fit, sum(_times(need, r) for r in nodes))
+        fit = max(fit, sum(_times(need, n) for n in nodes))
     return config.resources.workers or max(fit, 1)
 
 
@@ -530,6 +546,10 @@ class RayWorker:
             self.last = now
             self.pool.progress.remote(self.number, stage, done, total)
 
+    def ready(self) -> None:
+        """Answers once some node has room for this worker."""
+        self._progress("preparing", 1, 1)
+
     # A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row.
 
     def prepare(self, cell: Cell) -> None:
@@ -578,6 +598,7 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         dense = cell.method == "dense"
         start, died, lost, row = datetime.now(UTC), None, None, {}
         try:
+            ray.get(handle.ready.remote())  # a node that has yet to come is no time of the cell
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
             if not dense and ray.get(broker.wait_dense.remote(cell.model)) == "queued":
                 # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
@@ -591,19 +612,20 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
             died, lost = "retire", ("Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
         except RayTaskError as e:  # beyond what a worker records by itself: a full disk, above all
             lost = type(e.cause).__name__, str(e.cause)
-        if lost:
+        withdrawn = ray.get(broker.release.remote(number, None if died else cell.model, died == "dead", died == "retire"))
+        if lost and not withdrawn:
             row = cell_row(
                 cell, attempts=attempt, status="failed", error_type=lost[0], error=lost[1][:2000], started_at=start,
                 finished_at=datetime.now(UTC),
             )  # fmt: skip
             with contextlib.suppress(OSError):  # where nothing can be written, the view alone says why
                 Record(record).fail(row)
-        ray.get(broker.release.remote(number, None if died else cell.model, died == "dead", died == "retire"))
-        again = row["status"] == "failed" and row["error_type"] in ("WorkerDied", *OUT_OF_MEMORY)
-        if again and attempt < attempts:
+        curable = row and row["status"] == "failed" and row["error_type"] in ("WorkerDied", *OUT_OF_MEMORY)
+        if withdrawn or (curable and attempt < attempts):
             if dense:
                 ray.get(broker.dense_running.remote(cell.model, "queued"))
-            attempt, scale = attempt + 1, scale if died else scale / 2
+            if not withdrawn:
+                attempt, scale = attempt + 1, scale if died else scale / 2
             continue
         ray.get(broker.finish.remote(key, cell.model, dense, row["status"], row))
         return

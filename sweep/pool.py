@@ -2,7 +2,8 @@
 
 Rules. Dense cells first; a cell waits until its model's dense cell is done or has failed. A free worker takes a cell of the model it
 holds; it changes model only when no cell of its model is left to come. Workers are added while cells wait and there is room, idle ones
-give their GPU back. A worker is made for one kind of need (GPUs, CPUs, memory) and dies with its driver: nothing is detached.
+give their GPU back. A worker that no node has room for yet (an autoscaler may bring one) loses its cell to one that is free. A worker is
+made for one kind of need (GPUs, CPUs, memory) and dies with its driver: nothing is detached.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 
 #: A free worker waits so long for a cell of its own model before it takes another model's.
 AFFINITY_WAIT_S = 0.3
+#: Stage of a worker that has a cell and has not said anything about it.
+PENDING = "starting"
+#: A worker that has not started by then gives its cell up, if another could have it.
+PENDING_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,18 @@ class Slot:
     handle: Any
     model: str | None = None
     key: str | None = None  # cell at work
+    wants: str | None = None  # its model
+    dense: bool = False  # it is the dense cell
     idle_since: float = field(default_factory=time.monotonic)
-    stage: str = "starting"
+    stage: str = PENDING
     done: int = 0
     total: int = 0
     started: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """It has been heard of."""
+        return self.model is not None or self.stage != PENDING
 
 
 class Pool:
@@ -68,6 +80,7 @@ class Pool:
         self.states: dict[str, str] = {}
         self.finished: list[dict[str, Any]] = []
         self.loads = 0
+        self.withdrawn: set[int] = set()  # workers ended before they started
 
     # -- coordinators -------------------------------------------------------------------------------------------------
 
@@ -87,11 +100,11 @@ class Pool:
             self._schedule()
         return request.future.result()
 
-    async def release(self, worker: int, model: str | None, dead: bool = False, retire: bool = False) -> None:
-        """Give a worker back; ``model`` is what it holds now."""
+    async def release(self, worker: int, model: str | None, dead: bool = False, retire: bool = False) -> bool:
+        """Give a worker back; ``model`` is what it holds now. True if it had been withdrawn: that costs its cell no attempt."""
         slot = self.slots.get(worker)
         if slot is None:
-            return
+            return worker in self.withdrawn
         if dead or retire:
             del self.slots[worker]
             if retire:
@@ -101,6 +114,7 @@ class Pool:
                 self.loads += 1
             slot.model, slot.key, slot.stage, slot.idle_since = model, None, "idle", time.monotonic()
         self._schedule()
+        return False
 
     async def finish(self, key: str, model: str, dense: bool, state: str, row: dict[str, Any] | None = None) -> None:
         """A cell has ended (``done`` or ``failed``): it will not come again."""
@@ -132,6 +146,7 @@ class Pool:
 
     async def snapshot(self) -> dict[str, Any]:
         """What the live view shows; drains the finished rows."""
+        self._schedule()
         rows, self.finished = self.finished, []
         return {
             "states": dict(Counter(self.states.values())),
@@ -164,7 +179,8 @@ class Pool:
                 break
             request, slot = pick
             self.waiting.remove(request)
-            slot.key, slot.stage, slot.started, slot.done, slot.total = request.key, "assigned", time.time(), 0, 0
+            slot.key, slot.stage, slot.started, slot.done, slot.total = request.key, PENDING, time.time(), 0, 0
+            slot.wants, slot.dense = request.model, request.dense
             self.states[request.key] = "running"
             if request.dense:
                 self._dense(request.model, "running")
@@ -174,6 +190,22 @@ class Pool:
             if not any(r.need == slot.need for r in self.waiting):
                 del self.slots[slot.id]
                 _kill(slot.handle)
+        self._withdraw(time.time() - PENDING_S)
+
+    def _withdraw(self, before: float) -> None:
+        """End workers that were to start ``before`` and did not, one for each worker that could have the cell instead.
+
+        That is a free one of the same kind; or, for a dense cell, one that has a cell of its model and waits for it.
+        """
+        for slot in self.slots.values():
+            if slot.alive or slot.key is None or slot.started > before:
+                continue
+            others = [s for s in self.slots.values() if s.alive and s.need == slot.need]
+            if any(s.key is None or (slot.dense and s.wants == slot.wants) for s in others):
+                del self.slots[slot.id]
+                self.withdrawn.add(slot.id)
+                _kill(slot.handle)
+                return
 
     def _pick(self, now: float) -> tuple[Request, Slot] | None:
         ready = [r for r in self.waiting if not r.future.done()]

