@@ -156,7 +156,7 @@ def main() -> None:
     for part in (wilson_coverage, bootstrap_coverage, false_discoveries, discovery_rate_with_effects, qualification):
         found = part(np.random.default_rng([args.seed, hash_name(part.__name__)]), args.sweeps)
         for name, value in found.items():
-            print(f"{name:<56} {json.dumps(value) if isinstance(value, dict) else round(value, 4)}", flush=True)
+            print(f"{name:<56} {round(value, 4) if isinstance(value, float) else json.dumps(value)}", flush=True)
     print(f"{args.sweeps} sweeps, {time.process_time() - start:.0f} CPU s")
 
 
