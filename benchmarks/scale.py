@@ -55,6 +55,7 @@ def one(cells: int, wandb: bool) -> dict:
         }
         outcome = run_sweep(config, executor="synthetic_executor:Synthetic", view=View(quiet=True))
         assert outcome.done == cells, outcome
+        driver = peak_gib()
         seconds |= {("sweep" if k == "cells" else k): v for k, v in outcome.stages.items()}
         for name, step in (
             ("status", lambda: status(results)),
@@ -72,13 +73,18 @@ def one(cells: int, wandb: bool) -> dict:
             start = time.monotonic()
             step()
             seconds[name] = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "cells": cells,
         **{k: round(v, 2) for k, v in seconds.items()},
         "ms a cell": round(1000 * seconds["sweep"] / cells, 1),
-        "driver GiB": round(peak, 2),
+        "driver GiB": driver,
+        "GiB after all": peak_gib(),
     }
+
+
+def peak_gib() -> float:
+    """Peak memory of this process so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def main() -> None:

@@ -7,10 +7,11 @@ is read once, newest generation first. Truncated and foreign files are left out 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ EXTRA = {
 def load_results(uri: str | Path) -> Results:
     """Open a results folder or URI. ``BadInput`` if nothing is recorded there or a newer comptrust wrote it."""
     return Results(Record(uri))
+
+
+#: Part files that one query reads.
+FILES_AT_ONCE = 500
 
 
 class Results:
@@ -147,19 +152,23 @@ class Results:
 
     def _parts_view(self, name: str) -> None:
         if self._keys and self.record.local:
-            files = [f"{self.record.root}/{name}/{k}.parquet" for k in self._keys]
-            quoted = ", ".join("'" + f.replace("'", "''") + "'" for f in files)
+            files = ["'" + f"{self.record.root}/{name}/{k}.parquet".replace("'", "''") + "'" for k in self._keys]
+            into = f"create table part_{name} as"
             try:
-                # A table, not a view: a compaction beside us may remove the parts between two queries.
-                self.db.execute(f"create table part_{name} as select * from read_parquet([{quoted}], union_by_name = true)")
+                # A table, not a view: a compaction beside us may remove the parts between two queries. Of every file that a query
+                # names DuckDB keeps what its footer says.
+                for start in range(0, len(files), FILES_AT_ONCE):
+                    some = ", ".join(files[start : start + FILES_AT_ONCE])
+                    self.db.execute(f"{into} select * from read_parquet([{some}], union_by_name = true)")
+                    into = f"insert into part_{name} by name"
                 return
             except duckdb.Error:
                 self.db.execute(f"drop table if exists part_{name}")  # some part is damaged or foreign: read one by one
-        table = self._read_parts(name)
-        self.db.register(f"arrow_{name}", table)
+        self.db.register(f"arrow_{name}", pa.concat_tables([TABLES[name].empty_table(), *self.read_parts(name)]))
         self.db.execute(f"create table part_{name} as select * from arrow_{name}")
 
-    def _read_parts(self, name: str) -> pa.Table:
+    def read_parts(self, name: str) -> Iterator[pa.Table]:
+        """Part files of a table, some hundred at once; those that are damaged or foreign are listed in ``ignored``."""
         schema = TABLES[name]
 
         def read(key: str) -> pa.Table | None:
@@ -170,8 +179,10 @@ class Results:
             return table.select(schema.names).cast(schema)
 
         with ThreadPoolExecutor(16) as pool:
-            parts = [t for t in pool.map(read, self._keys) if t is not None]
-        return pa.concat_tables(parts) if parts else schema.empty_table()
+            for start in range(0, len(self._keys), FILES_AT_ONCE):
+                parts = [t for t in pool.map(read, self._keys[start : start + FILES_AT_ONCE]) if t is not None]
+                if parts:
+                    yield pa.concat_tables(parts)
 
     def _generation_view(self, name: str) -> None:
         """Newest generation whole, older ones without the keys of newer ones."""
@@ -274,10 +285,13 @@ def compact(uri: str | Path) -> tuple[int, int]:
     removed = 0
     if merged or len(old) > 1:
         gen = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        for name in ("layers", "items", "metrics"):
-            results._load(name)
-            _write_generation(record, name, gen, results.db.sql(f"select * from {name}").to_arrow_reader(100_000))
         results._load("results")
+        for name in ("layers", "items", "metrics"):
+            before: Iterable[Any] = ()
+            if old:
+                results._generation_view(name)
+                before = results.db.sql(f"select * from gen_{name}").to_arrow_reader(100_000)
+            _write_generation(record, name, gen, itertools.chain(before, results.read_parts(name)))
         wide = _wide() + (" union all by name select * from gen_wide" if old else "")
         _write_generation(record, "wide", gen, results.db.sql(wide).to_arrow_reader(100_000))
         results._load("cells")
@@ -294,11 +308,15 @@ def compact(uri: str | Path) -> tuple[int, int]:
     return merged, removed
 
 
-def _write_generation(record: Record, name: str, gen: str, reader: pa.RecordBatchReader) -> None:
-    meta = {**(reader.schema.metadata or {}), **(TABLES["cells"].metadata or {})}
-    schema = reader.schema.with_metadata(meta)
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for batch in reader:
-            writer.write_batch(batch.replace_schema_metadata(meta))
+def _write_generation(record: Record, name: str, gen: str, batches: Iterable[pa.Table | pa.RecordBatch]) -> None:
+    """One table of a generation. The columns are those of the first batch; a table without rows has its own."""
+    sink, writer = io.BytesIO(), None
+    for batch in itertools.chain(batches, [TABLES[name].empty_table()] if name in TABLES else []):
+        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        if writer is None:
+            meta = {**(table.schema.metadata or {}), **(TABLES["cells"].metadata or {})}
+            writer = pq.ParquetWriter(sink, table.schema.with_metadata(meta), compression="zstd")
+        writer.write_table(table.select(writer.schema.names).cast(writer.schema))
+    if writer is not None:
+        writer.close()
     record.put(f"compact/{name}/{gen}.parquet", sink.getvalue())
