@@ -244,13 +244,16 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
     max_drop: Annotated[float | None, typer.Option(help="As in `recommend`: largest fall accepted, points.")] = None,
     max_size_gb: Annotated[float | None, typer.Option(help="As in `recommend`: largest size accepted, GB.")] = None,
+    min_tokens_s: Annotated[float | None, typer.Option(help="As in `recommend`: least decode speed accepted, tokens/s.")] = None,
     max_refusal_change: Annotated[float | None, typer.Option(help="As in `recommend`: 0-1.")] = None,
 ) -> None:
     """One self-contained page: recommendation, heatmap, frontier, claims, alarms, failures, items."""
     from .report import build
     from .results import load_results
 
-    limits = {"max_drop": max_drop, "max_size_gb": max_size_gb, "max_refusal_change": max_refusal_change}
+    limits = {
+        "max_drop": max_drop, "max_size_gb": max_size_gb, "min_tokens_s": min_tokens_s, "max_refusal_change": max_refusal_change,
+    }  # fmt: skip
     print(build(load_results(results), output, **{k: v for k, v in limits.items() if v is not None}))
 
 
