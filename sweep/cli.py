@@ -244,7 +244,9 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
     max_drop: Annotated[float | None, typer.Option(help="As in `recommend`: largest fall accepted, points.")] = None,
     max_size_gb: Annotated[float | None, typer.Option(help="As in `recommend`: largest size accepted, GB.")] = None,
-    min_tokens_s: Annotated[float | None, typer.Option(help="As in `recommend`: least decode speed accepted, tokens/s.")] = None,
+    min_tokens_s: Annotated[
+        float | None, typer.Option(help="As in `recommend`: least decode speed accepted, tokens/s.")
+    ] = None,
     max_refusal_change: Annotated[float | None, typer.Option(help="As in `recommend`: 0-1.")] = None,
 ) -> None:
     """One self-contained page: recommendation, heatmap, frontier, claims, alarms, failures, items."""

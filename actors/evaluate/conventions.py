@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..intervals import wilson
 from .protocol import MetricRow, Outcome
 
 #: Failures say nothing about trust, only that there is nothing to judge. A refusal is an answer.
@@ -31,14 +32,6 @@ class Estimate(NamedTuple):
     value: float | None
     low: float | None = None
     high: float | None = None
-
-
-def wilson(hits: float, n: float) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = np.asarray(proportion_confint(hits, n, alpha=0.05, method="wilson"), dtype=np.float64)
-    return (0.0 if hits == 0 else float(low)), (1.0 if hits == n else float(high))
 
 
 def nanmean(values: Iterable[np.ndarray]) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..intervals import wilson
 from . import conventions as cv
 from .judging import failure, keyed, plain
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
@@ -88,7 +89,7 @@ class MMLU:
             macro = 100 * float(np.mean([np.mean(v) for v in cells.values()]))
             low = high = macro_low = macro_high = None
             if convention == "comptrust":
-                low, high = (100 * b for b in cv.wilson(sum(every), len(every)))
+                low, high = (100 * b for b in wilson(sum(every), len(every)))
                 pairs = {s: [(f"{s}/{i}", v) for i, v in enumerate(values)] for s, values in cells.items()}
                 _, macro_low, macro_high = cv.estimate(pairs, lambda m: 100 * cv.nanmean(m.values()))
             out.append(MetricRow(convention, UTILITY, "", "mmlu", 100 * float(np.mean(every)), len(every), low, high))
