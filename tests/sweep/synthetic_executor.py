@@ -14,11 +14,12 @@ from comptrust.actors.record import Record
 
 
 class Logged(Worker):
-    """The real worker; ``SYNTHETIC_LOG`` gets a line for each cell that it begins."""
+    """The real worker; ``SYNTHETIC_LOG`` gets a line for each cell that it begins, and waits ``SYNTHETIC_SLEEP`` seconds."""
 
     def prepare(self, cell: Cell) -> None:
         with open(os.environ["SYNTHETIC_LOG"], "a") as f:
             f.write(f"start {cell.key} {os.getpid()} {time.time():.6f}\n")
+        time.sleep(float(os.environ.get("SYNTHETIC_SLEEP", "0")))
         super().prepare(cell)
 
 

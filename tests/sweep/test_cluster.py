@@ -123,6 +123,7 @@ def apart(tmp_path, monkeypatch, bucket):
     monkeypatch.setenv("COMPTRUST_CACHE", str(place / "cache"))
     monkeypatch.setenv("SYNTHETIC_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("EXECUTOR", "Logged")
+    monkeypatch.setenv("SYNTHETIC_SLEEP", "6")  # so that both nodes come to their cells
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespace to be had here")
