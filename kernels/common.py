@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -22,6 +23,41 @@ def low_half(pair, DT: tl.constexpr):
 @triton.jit
 def high_half(pair, DT: tl.constexpr):
     return (pair >> 16).to(tl.int16).to(DT, bitcast=True)
+
+
+@triton.jit
+def pair_as_floats(pair, DT: tl.constexpr):
+    """Two 16-bit values in an int32, as two float32."""
+    if tl.bfloat16 == DT:  # a bfloat16 is the upper half of a float32
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        return low_half(pair, DT).to(tl.float32), high_half(pair, DT).to(tl.float32)
+
+
+@triton.jit
+def add_products(acc0, acc1, acc2, acc3, v, x, MT: tl.constexpr, DT: tl.constexpr):
+    """Accumulators of MT tokens plus ``v`` times the activations of one column that ``x`` holds (``by_column``)."""
+    if MT == 1:
+        acc0 += v * x.to(tl.float32)
+    else:
+        x0, x1 = pair_as_floats(x.to(tl.int32), DT)
+        acc0 += v * x0
+        acc1 += v * x1
+    if MT == 4:
+        x2, x3 = pair_as_floats((x >> 32).to(tl.int32), DT)
+        acc2 += v * x2
+        acc3 += v * x3
+    return acc0, acc1, acc2, acc3
+
+
+def by_column(x_TI: torch.Tensor) -> torch.Tensor:
+    """x [T, I] of up to 4 tokens -> [I], all tokens of a column in one word of 16, 32 or 64 bits: one gather serves them all."""
+    T = x_TI.shape[0]
+    if T == 1:
+        return x_TI.view(-1)
+    wide = triton.next_power_of_2(T)
+    x_IT = F.pad(x_TI, (0, 0, 0, wide - T)).t().contiguous()
+    return x_IT.view({2: torch.int32, 4: torch.int64}[wide]).view(-1)
 
 
 @triton.jit

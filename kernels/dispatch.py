@@ -66,6 +66,10 @@ def unreachable(kernel: Kernel, packed: Packed, tokens: int, device: torch.devic
         return f"{kernel.name} needs float16 or bfloat16, got {packed.dtype}"
     if tokens > kernel.tokens:
         return f"{kernel.name} takes up to {kernel.tokens} tokens, got {tokens}"
+    if tokens * max(packed.shape) >= 1 << 31:
+        return (
+            f"{kernel.name} addresses x and y in 32 bits, {tokens} tokens by {max(packed.shape)} are too many: cut x into parts"
+        )
     if packed.layout != kernel.layout and (reason := cannot(packed, kernel.layout)) and packed.layout == "rows":
         return f"{kernel.name}: {reason}"
     if kernel.triton and importlib.util.find_spec("triton") is None:

@@ -270,15 +270,17 @@ def _codes(W_OI, spec: Format, scale_OG, zero_OG, group: int) -> dict[str, torch
             parts.setdefault("index", []).append(pack_fields(index, 2))
         zero = None if zero_OG is None else zero_OG[a:b]
         codes = _grid_codes(W, spec, scale_OG[a:b], zero, size, a, index, W_OI.shape[1])
-        if spec.bits == 3:
-            parts.setdefault("low", []).append(pack_fields(codes & 3, 2))
-            parts.setdefault("high", []).append(pack_fields(codes >> 2, 1))
-        else:
-            parts.setdefault("codes", []).append(pack_fields(codes, spec.bits))
-    tensors = {k: torch.cat(v) for k, v in parts.items()}
-    if spec.bits == 3:  # whole words of the high plane: 32 columns
-        tensors["low"] = F.pad(tensors["low"], (0, 2 * tensors["high"].shape[1] - tensors["low"].shape[1]))
-    return tensors
+        for name, words in write_codes(codes, spec.bits).items():
+            parts.setdefault(name, []).append(words)
+    return {k: torch.cat(v) for k, v in parts.items()}
+
+
+def write_codes(codes_RC: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """Word tensors of integer codes [R, C], rows padded to whole words (int3: of the high plane, 32 columns)."""
+    if bits != 3:
+        return {"codes": pack_fields(codes_RC, bits)}
+    low, high = pack_fields(codes_RC & 3, 2), pack_fields(codes_RC >> 2, 1)
+    return {"low": F.pad(low, (0, 2 * high.shape[1] - low.shape[1])), "high": high}
 
 
 def read_codes(t: dict[str, torch.Tensor], bits: int, columns: int) -> torch.Tensor:
@@ -360,7 +362,7 @@ def _scales(scale, zero, rows: int, groups: int, W: torch.Tensor, format: str) -
     scale, zero = out
     if scale.dtype not in FLOATS:
         raise ValueError(f"scale must be one of {', '.join(map(str, FLOATS))}; got {scale.dtype}")
-    if zero is not None:
-        whole = bool(((zero == zero.round()) & (zero >= 0) & (zero <= 255)).all())
+    if zero is not None:  # uint8 promises the kernels a range in which 16-bit arithmetic is exact
+        whole = bool(((zero == zero.round()) & (zero >= 0) & (zero <= min(255, 1 << FORMATS[format].bits))).all())
         zero = zero.to(torch.uint8 if whole else scale.dtype).contiguous()
     return scale.contiguous(), zero

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cusparselt
-from .formats import FORMATS, Packed, pack, pack_fields, read_codes, row_blocks, unpack, unpack_fields
+from .formats import FORMATS, Packed, pack, pack_fields, read_codes, row_blocks, unpack, unpack_fields, write_codes
 
 ROWS = 32  # rows of a block in both layouts
 CHUNK, WINDOW = 8, 64  # nonzeros of a chunk, and the columns they may span
@@ -70,7 +70,7 @@ def cannot(packed: Packed, layout: str) -> str | None:
         return f"layout 'fragments' of {packed.format} needs a group_size that is a multiple of {step}, got {group}"
     zero = packed.tensors.get("zero")
     if zero is not None and zero.dtype != torch.uint8:
-        return "layout 'fragments' needs whole zero points: 16-bit arithmetic on fractional ones is not exact"
+        return f"layout 'fragments' of {packed.format} needs whole zero points from 0 to 2^bits: 16-bit arithmetic is exact on those"
     return None
 
 
@@ -101,8 +101,7 @@ _INT = {
     "int8": ("oyhgkptscb", "okygtpschb", {"p": 1}),
     "2:4+int4": ("oyhgkictb", "okygtibch", {"i": 4}),
 }
-_LOW = ("oyhgkptscb", "okygtpbsch", {"p": 2})
-_HIGH = ("oyhgkptscb", "okygtbpsch", {"p": 2})
+_INT3 = ("oyhgkptscb", "okgtybpsch", {"p": 2})
 
 
 def _order(t: torch.Tensor, spec: tuple[str, str, dict[str, int]], rows: int, *, back: bool = False) -> torch.Tensor:
@@ -144,9 +143,28 @@ def _code_words(t: dict[str, torch.Tensor], format: str, bits: int, width: int, 
     codes = F.pad(codes, (0, width - codes.shape[1], 0, -codes.shape[0] % ROWS))
     rows = codes.shape[0]
     if bits == 3:
-        low, high = _order(codes & 3, _LOW, rows), _order(codes >> 2, _HIGH, rows)
-        return {"low": pack_fields(low[None], 2)[0], "high": pack_fields(high[None], 1)[0]}
+        return {"codes": _three_words(_order(codes, _INT3, rows))}
     return {"codes": pack_fields(_order(codes, _INT[format], rows)[None], bits)[0]}
+
+
+def _three_words(codes: torch.Tensor) -> torch.Tensor:
+    """3-bit codes, 16 for each half of a lane's registers and tile, in three words a tile with no bit to spare.
+
+    Half b (16 bits) of word w holds codes 5 w to 5 w + 4, the first in the lowest bits, and on top bit w of code 15. In memory:
+    word, lane, tile, so that a lane reads one word of both tiles in 8 bytes.
+    """
+    c = codes.view(-1, 32, 2, 2, 16)  # block and step, lane, tile, half, code
+    five = (c[..., :15].unflatten(-1, (3, 5)) << torch.arange(0, 15, 3, device=c.device)).sum(-1)
+    top = (c[..., 15:] >> torch.arange(3, device=c.device) & 1) << 15
+    halves = (five | top).permute(0, 4, 1, 2, 3)
+    return pack_fields(halves.reshape(1, -1), 16)[0]
+
+
+def _from_three_words(words: torch.Tensor) -> torch.Tensor:
+    halves = unpack_fields(words.reshape(1, -1), 16, 2 * words.numel()).view(-1, 3, 32, 2, 2).permute(0, 2, 3, 4, 1)
+    five = halves[..., None] >> torch.arange(0, 15, 3, device=words.device) & 7
+    last = (halves >> 15 << torch.arange(3, device=words.device)).sum(-1, keepdim=True)
+    return torch.cat([five.flatten(-2), last], -1).int().view(-1)
 
 
 def _from_fragments(packed: Packed) -> dict[str, torch.Tensor]:
@@ -159,23 +177,18 @@ def _from_fragments(packed: Packed) -> dict[str, torch.Tensor]:
     if not spec.bits:
         return {"values": _order(t["values"], _VALUES, rows, back=True)[:O, : words * 16].contiguous(), **out}
 
-    def codes(name: str, width: int, order) -> torch.Tensor:
-        """Row-major codes, in blocks of rows: unpacked they take 4 bytes each."""
-        flat = t[name].view(rows // ROWS, -1)
-        step = max(1, (1 << 22) // (flat.shape[1] * 32 // width))
-        parts = []
-        for a in range(0, flat.shape[0], step):
-            block = flat[a : a + step]
-            fields = unpack_fields(block.reshape(1, -1), width, block.numel() * 32 // width)[0]
-            real = _order(fields, order, block.shape[0] * ROWS, back=True)[:, : words * 16 if spec.keep else I]
-            parts.append(pack_fields(real, width))
-        return torch.cat(parts)[:O]
-
-    if spec.bits == 3:
-        out |= {"low": codes("low", 2, _LOW), "high": codes("high", 1, _HIGH)}
-        out["low"] = F.pad(out["low"], (0, 2 * words - out["low"].shape[1]))
-    else:
-        out["codes"] = codes("codes", spec.bits, _INT[spec.name])
+    blocks = []
+    flat = t["codes"].view(rows // ROWS, -1)
+    step = max(1, (1 << 22) // (flat.shape[1] * 32 // spec.bits))  # unpacked, a code takes 4 bytes
+    for block in flat.split(step):
+        if spec.bits == 3:
+            fields, order = _from_three_words(block), _INT3
+        else:
+            fields = unpack_fields(block.reshape(1, -1), spec.bits, block.numel() * 32 // spec.bits)[0]
+            order = _INT[spec.name]
+        real = _order(fields, order, block.shape[0] * ROWS, back=True)[:, : words * 16 if spec.keep else I]
+        blocks.append(write_codes(real, spec.bits))
+    out |= {k: torch.cat([block[k] for block in blocks])[:O] for k in blocks[0]}
     for name in ("scale", "zero"):
         if name in t:
             out[name] = t[name].reshape(-1, 8, 2, 2).permute(0, 2, 3, 1).reshape(-1, rows).T[:O].contiguous()

@@ -1,7 +1,8 @@
 """N:M times a few tokens, over the nonzeros alone: every kept weight meets the activation its index names.
 
 Nothing is expanded: y_n = sum_j v_j x[position_j]. One kernel serves 2:4 (2-bit positions in groups of 4) and 4:8, 8:16 (4-bit
-positions in groups of 16). The activations (10-28 KB a token) stay in L1, where they are gathered from.
+positions in groups of 16). The activations (10-28 KB a token) stay in L1, where they are gathered from: for two to four tokens they
+are interleaved first, so that one load brings all tokens of a column.
 """
 
 # pyright: reportOperatorIssue=false, reportAssignmentType=false
@@ -12,16 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import interpreting, reduce_splits, splits
+from .common import add_products, by_column, element, interpreting, reduce_splits, splits
 from .formats import FORMATS, Packed
 
 
 @triton.jit
 def nm_gemv(
-    x_ptr, v_ptr, e_ptr, y_ptr, N, K, words, per,
-    BN: tl.constexpr, BW: tl.constexpr, MT: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, v_ptr, e_ptr, y_ptr, M, N, K, words, per,
+    BN: tl.constexpr, BW: tl.constexpr, MT: tl.constexpr, BITS: tl.constexpr, DT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """x [MT, K]; v [N, words * fields]; e int32 [N, words]; y [splits, MT, N]. BN rows, BW index words a step, MT tokens up to 4."""
+    """x [K], MT tokens in a word; v [N, words * fields]; e int32 [N, words]; y [splits, M, N]. BN rows, BW index words a step."""
     FIELDS: tl.constexpr = 32 // BITS
     MASK: tl.constexpr = (1 << BITS) - 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -48,31 +49,20 @@ def nm_gemv(
             word = tl.load(e_ptr + row[:, None] * words + w[None, :], mask=(w < words)[None, :], other=0)
             v = tl.load(v_at, mask=(w < words)[None, :, None], other=0.0).to(tl.float32)
         k = w[None, :, None] * (FIELDS * 2) + base[None, None, :] + ((word[:, :, None] >> (j * BITS)[None, None, :]) & MASK)
-        acc0 += v * _at(x_ptr, k, K, EVEN)
-        if MT > 1:
-            acc1 += v * _at(x_ptr + K, k, K, EVEN)
-        if MT > 2:
-            acc2 += v * _at(x_ptr + 2 * K, k, K, EVEN)
-        if MT > 3:
-            acc3 += v * _at(x_ptr + 3 * K, k, K, EVEN)
-    out = y_ptr + split * MT * N + rows
-    _store(out, acc0, rows < N, BN, BW * FIELDS)
+        if EVEN:
+            x = tl.load(x_ptr + k)
+        else:
+            x = tl.load(x_ptr + k, mask=k < K, other=0)
+        acc0, acc1, acc2, acc3 = add_products(acc0, acc1, acc2, acc3, v, x, MT, DT)
+    out = y_ptr + split * M * N + rows
+    inside = rows < N
+    _store(out, acc0, inside, BN, BW * FIELDS)
     if MT > 1:
-        _store(out + N, acc1, rows < N, BN, BW * FIELDS)
+        _store(out + N, acc1, inside, BN, BW * FIELDS)
     if MT > 2:
-        _store(out + 2 * N, acc2, rows < N, BN, BW * FIELDS)
-    if MT > 3:
-        _store(out + 3 * N, acc3, rows < N, BN, BW * FIELDS)
-
-
-@triton.jit
-def _at(x_ptr, k, K, EVEN: tl.constexpr):
-    """x[k] as float32, 0 behind K."""
-    if EVEN:
-        x = tl.load(x_ptr + k)
-    else:
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-    return x.to(tl.float32)
+        _store(out + 2 * N, acc2, inside, BN, BW * FIELDS)
+        if M > 3:
+            _store(out + 3 * N, acc3, inside, BN, BW * FIELDS)
 
 
 @triton.jit
@@ -89,7 +79,7 @@ def run(x_TI: torch.Tensor, packed: Packed) -> torch.Tensor:
     per = triton.cdiv(words, S * BW) * BW
     y = torch.empty((S, M, N), dtype=torch.float32 if S > 1 else x_TI.dtype, device=x_TI.device)
     nm_gemv[(triton.cdiv(N, BN), S)](
-        x_TI, values, index, y, N, K, words, per,
-        BN=BN, BW=BW, MT=M, BITS=bits, EVEN=K % (BW * 64 // bits) == 0, num_warps=4,
+        by_column(x_TI), values, index, y, M, N, K, words, per,
+        BN=BN, BW=BW, MT=triton.next_power_of_2(M), BITS=bits, DT=element(x_TI.dtype), EVEN=K % (BW * 64 // bits) == 0, num_warps=4,
     )  # fmt: skip
     return reduce_splits(y, x_TI.dtype) if S > 1 else y[0]

@@ -54,7 +54,7 @@ def sp24_dot(
                 xor.b32 s, s, t; xor.b32 s, s, 0x44444444;
                 prmt.b32 $0, $2, 0, s; shr.u32 s, s, 16; prmt.b32 $1, $2, 0, s;
                 }""",
-                "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+                "=&r,=&r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
             )  # fmt: skip
             w0, w1 = low_half(d01, DT), high_half(d01, DT)
             w2, w3 = low_half(d23, DT), high_half(d23, DT)

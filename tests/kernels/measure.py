@@ -18,10 +18,11 @@ BUDGETS = pathlib.Path(dispatch.__file__).with_name("budgets.json")
 #: kernel, format, tokens; 1024 x 4096 bfloat16, group 128: widths as real ones are (whole steps, multiples of 16).
 CASES = [
     ("sp24_mma", "2:4", 1), ("sp24_mma", "2:4", 16), ("sp24_mma", "2:4", 64),
-    ("int_mma", "int4", 1), ("int_mma", "int4", 16), ("int_mma", "int8", 1), ("int_mma", "int3", 1), ("int_mma", "2:4+int4", 1),
-    ("int_mma", "2:4+int4", 16),
-    ("nm_gemv", "8:16", 1), ("nm_gemv", "4:8", 4), ("nm_gemv", "2:4", 1),
-    ("slice_gemv", "bitmap", 1),
+    ("int_mma", "int4", 1), ("int_mma", "int4", 16), ("int_mma", "int4", 32),
+    ("int_mma", "int8", 1), ("int_mma", "int3", 1), ("int_mma", "int3", 16),
+    ("int_mma", "2:4+int4", 1), ("int_mma", "2:4+int4", 16), ("int_mma", "2:4+int4", 32),
+    ("nm_gemv", "8:16", 1), ("nm_gemv", "4:8", 4), ("nm_gemv", "2:4", 1), ("nm_gemv", "2:4", 4),
+    ("slice_gemv", "bitmap", 1), ("slice_gemv", "bitmap", 4),
     ("sp24_dot", "2:4", 16),
     ("int_dot", "int4", 16), ("int_dot", "2:4+int4", 16),
 ]  # fmt: skip

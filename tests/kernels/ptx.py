@@ -248,13 +248,14 @@ class Block:
             handler(op, parts, kind, width, a, mask)
 
     def op_mov(self, op, parts, kind, width, a, mask):
-        if isinstance(a[0], list):  # unpack a 32-bit word
-            word = self.get(a[1])
-            self.put(a[0][0], (word & U32(0xFFFF)).astype(np.uint16), mask)
-            self.put(a[0][1], (word >> U32(16)).astype(np.uint16), mask)
+        half = {32: np.uint16, 64: U32}.get(width)
+        if isinstance(a[0], list):  # unpack a word into its halves
+            word = self.get(a[1], width)
+            for name, shift in zip(a[0], (0, width // 2), strict=True):
+                self.put(name, (word >> word.dtype.type(shift)).astype(half), mask)
         elif isinstance(a[1], list):
-            low, high = (self.get(x, 16).astype(U32) for x in a[1])
-            self.put(a[0], low | (high << U32(16)), mask)
+            low, high = (self.get(x, width // 2).astype({32: U32, 64: U64}[width]) for x in a[1])
+            self.put(a[0], low | (high << high.dtype.type(width // 2)), mask)
         else:
             self.put(a[0], self.get(a[1], width), mask)
 

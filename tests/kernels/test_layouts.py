@@ -124,9 +124,13 @@ def test_what_cannot_be_arranged_says_why(format, kw, layout, message):
         arrange(packed, layout)
 
 
-def test_fractional_zero_points_stay_in_rows():
-    packed = pack(torch.zeros(32, 64).half(), "int4", scale=torch.zeros(32, 1).half(), zero=torch.full((32, 1), 7.5))
-    with pytest.raises(ValueError, match="whole zero points"):
+@pytest.mark.parametrize("zero", [7.5, -1.0, 17.0, 201.0])
+def test_zero_points_without_exact_arithmetic_stay_in_rows(zero):
+    """128 + 201 is no bfloat16: such a zero point must not reach ``int_mma``. 2^bits = 16 is the last that may (GPTQ's off-by-one)."""
+    scale, W = torch.ones(32, 1).bfloat16(), torch.full((32, 64), 3 - zero).bfloat16()
+    packed = pack(W, "int4", scale=scale, zero=torch.full((32, 1), zero))
+    assert torch.equal(unpack(packed), W)
+    with pytest.raises(ValueError, match="whole zero points from 0 to 2"):
         arrange(packed, "fragments")
 
 

@@ -81,6 +81,10 @@ def packed(format="2:4", dtype=torch.float16, shape=(32, 64), **kw):
         ),
         (lambda: matmul(torch.zeros(1, 68).half(), packed(shape=(20, 68)), "cusparselt"), "multiples of 16"),
         (lambda: matmul(torch.zeros(9, 64).half(), packed(), "nm_gemv"), "nm_gemv takes up to 4 tokens, got 9"),
+        (
+            lambda: matmul(torch.zeros(1, 1).half().expand(1 << 20, 4096), packed(shape=(1, 4096)), "sp24_mma"),
+            "1048576 tokens by 4096 are too many",
+        ),
         (lambda: matmul(torch.zeros(1, 64).half(), packed().to("meta")), "x is on cpu, the packed weight on meta"),
         (lambda: matmul(torch.zeros(1, 64).half(), packed("int4", group_size=48), "int_mma"), "multiple of 64, got 48"),
     ],

@@ -41,6 +41,7 @@ CASES = [
     ("int_mma", "2:4+int4", "fp16", 20, 33, 300, 99, True),
     ("nm_gemv", "2:4", "bf16", 1, 20, 1024, 0, True),
     ("nm_gemv", "8:16", "bf16", 3, 9, 96, 0, True),
+    ("nm_gemv", "4:8", "fp16", 4, 9, 96, 0, True),
     ("slice_gemv", "bitmap", "bf16", 1, 40, 600, 0, True),
     ("slice_gemv", "bitmap", "fp16", 4, 33, 130, 0, True),
 ]
@@ -67,6 +68,21 @@ def test_one_hot(name, format):
     for W, x, want in ref.probes(128, 2):
         y, _ = run(name, x, pack(W, format, **ref.identity_scale(W.shape[0], format)))
         assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize(
+    ("format", "code", "zero"), [(f, c, z) for f, b in ref.BITS.items() for c, z in ((0, 1 << b), (2**b - 1, 0))]
+)
+def test_extreme_zero_points(format, code, zero):
+    """The range in which codes and zero points meet exactly in 16 bits, at both ends."""
+    value = float(code - min(zero, 255))
+    W = torch.full((32, STEP[format]), value).bfloat16()
+    if format.startswith("2:4"):
+        W = torch.where(ref.pattern_mask(tuple(W.shape), "2:4", 0), W, 0)
+    kw = {"scale": torch.ones(32, 1).bfloat16(), "zero": torch.full((32, 1), min(zero, 255))}
+    x = torch.ones(1, W.shape[1]).bfloat16()
+    y, _ = run("int_mma", x, pack(W, format, **kw))
+    assert torch.equal(y, (x.double() @ W.double().T).bfloat16())
 
 
 def test_splits_are_added_in_order():
