@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from comptrust.actors.compress.masks import keep_n_of_m, keep_top
 from hypothesis import given, settings
@@ -29,10 +30,12 @@ def test_keep_n_of_m_keeps_the_largest_of_every_group(seed, nm, levels):
         assert sorted(kept) == sorted(row)[m - n :]
 
 
-def test_ties_go_as_in_the_official_code():
+@pytest.mark.parametrize("drop", [1, 2, 3])
+def test_ties_go_as_in_the_official_code(drop):
     """Wanda's and SparseGPT's repositories: `topk(n, largest=False)` on a slice of M columns at a time."""
-    score = torch.randint(0, 3, (500, 32), generator=torch.Generator().manual_seed(0)).float()
-    drop = torch.zeros_like(score, dtype=torch.bool)
+    score = torch.randint(0, 3, (500, 32), generator=torch.Generator().manual_seed(drop)).float()
+    score[250:] += torch.rand(250, 32, generator=torch.Generator().manual_seed(drop))  # and groups without ties
+    dropped = torch.zeros_like(score, dtype=torch.bool)
     for i in range(0, 32, 4):
-        drop.scatter_(1, i + torch.topk(score[:, i : i + 4], 2, dim=1, largest=False)[1], True)
-    assert torch.equal(keep_n_of_m(score, 2, 4), ~drop)
+        dropped.scatter_(1, i + torch.topk(score[:, i : i + 4], drop, dim=1, largest=False)[1], True)
+    assert torch.equal(keep_n_of_m(score, 4 - drop, 4), ~dropped)
