@@ -47,6 +47,7 @@ types: $(VENV)/.test
 
 # Long fault rounds, scale run, the real model, benchmarks' correctness.
 test-slow: $(VENV)/.test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lm-eval]'
 	$(PYTEST) -m 'slow' --timeout 3600
 
 # Builds the isolated environments of the peer libraries and runs a tiny model through each.

@@ -95,7 +95,7 @@ def evaluate_tasks(
     report = progress or (lambda stage, done, total: None)
     report("lm-eval", 0, len(tasks))
     results = simple_evaluate(
-        Engine(generator),
+        Engine(generator),  # pyright: ignore[reportAbstractUsage]  (the harness fills these in by inheritance)
         tasks=list(tasks),
         limit=limit,
         log_samples=False,
@@ -106,7 +106,7 @@ def evaluate_tasks(
     report("lm-eval", len(tasks), len(tasks))
     assert results is not None
     rows = []
-    for task, metrics in results["results"].items():
+    for task, metrics in results.get("results", {}).items():
         n = int((results.get("n-samples", {}).get(task) or {}).get("effective", 0))
         for name, value in metrics.items():
             metric, _, kind = name.partition(",")
