@@ -206,9 +206,8 @@ def _weights_only(cell: Cell, block: nn.Module, prefix: str) -> None:
 def _keep(
     cell: Cell, linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, rows: slice, error: float
 ) -> None:
-    cell.stored[name] = stored = put(linear, name, solution, config, rows, cell.spec.format)
-    sparsity = None if stored.pattern is None else 1 - float(torch.count_nonzero(linear.weight)) / linear.weight.numel()
-    cell.layers.append(layer_row(stored, error, sparsity))
+    cell.stored[name], sparsity = put(linear, name, solution, config, rows, cell.spec.format)
+    cell.layers.append(layer_row(cell.stored[name], error, sparsity))
 
 
 @dataclass
@@ -228,10 +227,10 @@ class BlockPass:
         cell = self.cell
         if cell.spec.replace:
             _replace_linears(cell, self.block, self.prefix)
-        if share := getattr(cell.config, "dense_inputs", 0.0):
-            self.solve_on_dense_inputs(share)
+        if getattr(cell.config, "dense_inputs", False):
+            self.solve_on_dense_inputs()
             if not last:
-                cell.hidden = [self.by_sequence(i, range(len(h)), (), lambda k, X: None) for i, h in enumerate(cell.hidden)]
+                cell.hidden = [self.by_sequence(i, len(h), (), lambda k, X: None) for i, h in enumerate(cell.hidden)]
         elif len(self.kwargs) == 1:
             out = self.forward(0, range(len(self.groups)), self.solve_at_once, stop=last)
             cell.hidden = [] if out is None else [out]
@@ -243,32 +242,25 @@ class BlockPass:
         for group, names, scale_I in self.folds:
             fold_scale(cell.stored, self.block, self.prefix, group.fold, names, scale_I)
 
-    def solve_on_dense_inputs(self, share: float) -> None:
-        """Solve every group on what the dense block gives for a fixed random ``share`` of the sequences.
+    def solve_on_dense_inputs(self) -> None:
+        """Solve every group on what the dense block gives.
 
         One sequence at a time, as the official code of Wanda does: at 2:4 small models answer to rounding, and this way ours is the same.
         """
-        sequences = sum(len(h) for h in self.cell.hidden)
-        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
-        chosen = set(order[: max(1, round(share * sequences))].tolist())
         every = range(len(self.groups))
-        accumulators = [self.accumulators(k) for k in every]
-        empty = [[a for a in of_group.values() if not a.tokens] for of_group in accumulators]
-        low = 0
+        accumulators = [self.accumulators(k, {}) for k in every]  # another cell may have gathered the same in other pieces
         for i, hidden in enumerate(self.cell.hidden):
-            rows = [r for r in range(len(hidden)) if low + r in chosen]
-            low += len(hidden)
-            self.by_sequence(i, rows, every, lambda k, X: [a.add(X) for a in empty[k]], stop=True)
+            self.by_sequence(i, len(hidden), every, lambda k, X: [a.add(X) for a in accumulators[k].values()], stop=True)
         for k in every:
             self.solve(k, accumulators[k])
 
     def by_sequence(
-        self, chunk: int, rows: Sequence[int], at: Sequence[int], seen: Callable[[int, Tensor], Any], *, stop: bool = False
+        self, chunk: int, rows: int, at: Sequence[int], seen: Callable[[int, Tensor], Any], *, stop: bool = False
     ) -> Tensor | None:
-        """As `forward`, for some ``rows`` of a chunk, one after the other; the results are stacked where the chunk is."""
+        """As `forward`, one after the other of the chunk's rows; the results are stacked where the chunk is."""
         hidden, kwargs = self.cell.hidden[chunk], self.kwargs[chunk]
         out = []
-        for r in rows:
+        for r in range(rows):
             one = torch.tensor([r], device=self.device)
             part = replace(
                 self,
@@ -302,7 +294,7 @@ class BlockPass:
                 return None
 
     def solve_at_once(self, k: int, X: Tensor) -> None:
-        accumulators = self.accumulators(k)
+        accumulators = self.accumulators(k, self.shared if k == 0 else {})
         for a in accumulators.values():
             if not a.tokens:
                 a.add(X)
@@ -310,7 +302,7 @@ class BlockPass:
 
     def solve_by_chunks(self, k: int) -> None:
         """The inputs of one group, chunk by chunk; only their statistics stay."""
-        accumulators = self.accumulators(k)
+        accumulators = self.accumulators(k, self.shared if k == 0 else {})
         if empty := [a for a in accumulators.values() if not a.tokens]:
             for chunk in range(len(self.kwargs)):
                 self.forward(chunk, [k], lambda _, X: [a.add(X) for a in empty], stop=True)
@@ -331,9 +323,8 @@ class BlockPass:
     def key(self, config: MethodConfig) -> Key:
         return frozenset(self.cell.spec.statistics(config)), getattr(config, "token_clip", None)
 
-    def accumulators(self, k: int) -> dict[Key, Statistics]:
-        """Statistics for group ``k``: empty, or those another cell already gathered from the same inputs."""
-        held = self.shared if k == 0 else {}
+    def accumulators(self, k: int, held: dict[Key, Statistics]) -> dict[Key, Statistics]:
+        """Statistics for group ``k``: those ``held`` from another cell with the same inputs, or empty."""
         for wanted, clip in {self.key(config): None for config, _ in self.parts(k)}:
             held.setdefault((wanted, clip), Statistics(self.prefix + self.groups[k].linears[0], set(wanted), clip))
         return {key: held[key] for config, _ in self.parts(k) if (key := self.key(config))}

@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Inputs, Progress, Solution, parse_pattern
+from .masks import masked
 from .structure import clone, decoder_blocks, linears_of, on_device, record, to_device
-from .wanda import WandaConfig, prune
+from .wanda import ScoredConfig, prune
 
 
-class GblmConfig(WandaConfig):
+class GblmConfig(ScoredConfig):
     gradient_scale: float = Field(default=100.0, ge=0, description="weight of the gradient term; 0 is Wanda")
 
 
@@ -107,4 +108,4 @@ def solve(W_OI: Tensor, inputs: Inputs, config: GblmConfig) -> Solution:
     gradients: Gradients = inputs.context
     G_OI = torch.cat([gradients.norms[n] for n in inputs.names]).to(W_OI.device)
     score = W_OI.abs() * (inputs.norm / gradients.samples**0.5 + config.gradient_scale * G_OI)
-    return Solution(W_OI.where(prune(score, config.sparsity, parse_pattern(config.pattern)), 0.0))
+    return Solution(masked(W_OI, prune(score, config.sparsity, parse_pattern(config.pattern))))

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Inputs, PruningConfig, Solution, parse_pattern
-from .masks import keep_n_of_m, keep_top
+from .masks import keep_n_of_m, keep_top, masked
 
 
 class MagnitudeConfig(PruningConfig):
@@ -34,7 +34,7 @@ def solve(W_OI: Tensor, inputs: Inputs, config: MagnitudeConfig) -> Solution:
         keep = torch.cat(
             [keep_top(s.reshape(-1), int(s.numel() * config.sparsity)).view(s.shape) for s in score.split(inputs.outs)]
         )
-    return Solution(W_OI.where(keep, 0.0))
+    return Solution(masked(W_OI, keep))
 
 
 class GlobalThreshold:

@@ -47,3 +47,8 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
 def _as_topk(groups: Tensor, n: int, m: int) -> Tensor:
     keep = torch.ones_like(groups, dtype=torch.bool)
     return keep.scatter_(1, groups.topk(m - n, dim=1, largest=False).indices, False)
+
+
+def masked(W: Tensor, keep: Tensor) -> Tensor:
+    """``W`` with zeros where it is not kept. A product takes a third of the time of `torch.where`; adding 0 makes zeros of -0."""
+    return (W * keep).add_(0.0)

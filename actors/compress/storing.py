@@ -13,8 +13,10 @@ from .grid import half_exact
 from .structure import Fold, apply_fold, producer_scale
 
 
-def put(linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, rows: slice, format: str) -> StoredLinear:
-    """Give ``linear`` the ``rows`` of ``solution`` as a new weight, and describe what a file of it would hold."""
+def put(
+    linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, rows: slice, format: str
+) -> tuple[StoredLinear, float | None]:
+    """Give ``linear`` the ``rows`` of ``solution`` as a new weight; what a file of it would hold, and its share of zeros if pruned."""
     W_OI, scale_I = solution.W_OI[rows], solution.input_scale
     divides = hasattr(linear, "input_scale")  # modules that round activations divide their input themselves
     weight = W_OI if scale_I is None or divides else W_OI / scale_I
@@ -24,14 +26,14 @@ def put(linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, 
     pattern = config.pattern if isinstance(config, PruningConfig) else None
     bits = getattr(config, "bits", None) or 8 * linear.weight.element_size()
     quantised = solution.codes is not None
-    nonzero = int(torch.count_nonzero(linear.weight)) if pattern else W_OI.numel()
+    nonzero = int(linear.weight.ne(0).sum()) if pattern else W_OI.numel()
     size = packed_bytes(W_OI.shape, bits=bits, pattern=pattern, nonzero=nonzero, quantised=quantised)
     codes = scale = zero = None
     if quantised:
         codes, scale = solution.codes[rows], solution.scale[rows]
         zero = None if solution.zero is None else solution.zero[rows]
     size += sum(element_bytes(t) for t in (scale, zero, solution.group_index, scale_I) if t is not None)
-    return StoredLinear(
+    stored = StoredLinear(
         name,
         tuple(W_OI.shape),
         bits,
@@ -45,6 +47,7 @@ def put(linear: nn.Linear, name: str, solution: Solution, config: MethodConfig, 
         format=format if quantised else "pruned",
         size_bytes=size,
     )
+    return stored, 1 - nonzero / W_OI.numel() if pattern else None
 
 
 def layer_row(stored: StoredLinear, error: float, sparsity: float | None = None) -> dict[str, Any]:

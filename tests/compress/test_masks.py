@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comptrust.actors.compress.masks import keep_n_of_m, keep_top
+from comptrust.actors.compress.masks import keep_n_of_m, keep_top, masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,3 +39,9 @@ def test_ties_go_as_in_the_official_code(drop):
     for i in range(0, 32, 4):
         dropped.scatter_(1, i + torch.topk(score[:, i : i + 4], drop, dim=1, largest=False)[1], True)
     assert torch.equal(keep_n_of_m(score, 4 - drop, 4), ~dropped)
+
+
+def test_masked_weights_are_the_kept_ones_and_plain_zeros():
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    keep = W > -1
+    assert torch.equal(masked(W, keep).view(torch.int32), torch.where(keep, W, 0.0).view(torch.int32))  # no -0
