@@ -1,10 +1,12 @@
 """Our methods beside their references: perplexity and CPU seconds on one model, same calibration windows, one thread.
 
-    python benchmarks/compression.py --calibration calib.npy --evaluation eval.npy [--evaluation other.npy]
+    python benchmarks/compression.py --calibration calib.npy --evaluation eval.npy [--evaluation python-reference]
         [--windows 40] [--cell "gptq 4 g64"]... [--references] [--jsonl results.jsonl]
 
-`.npy` files hold int64 token ids [windows, length]. Every text is one column. Reference values recorded from the peers on another
-day are printed beside ours; with ``--references`` the published algorithms of `references.py` run too, in this process.
+`.npy` files hold int64 token ids [windows, length]; any other file is UTF-8 text, cut into windows as long as those of the calibration
+set, evenly spaced; ``python-reference`` is the Python Language Reference, which every CPython holds (`pydoc_data.topics`). Every text
+is one column. Reference values recorded from the peers on another day are printed beside ours; with ``--references`` the published
+algorithms of `references.py` run too, in this process.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
 
 import numpy as np
 import references
@@ -64,8 +69,11 @@ CELLS: dict[str, dict] = {
         "cell": ("wanda", {"pattern": "2:4"}, 16), "recorded": (89.0, 195.78), "target": (0.98, 1.01, 0.5),
         "peer": "official", "reference": ("wanda", {"sparsity": 0.5, "nm": (2, 4)}),
     },
+    "wanda 50% reference": {
+        "cell": ("wanda", {"sparsity": 0.5, "variant": "reference"}, 16), "recorded": (83.0, 84.66), "peer": "official",
+    },
     "wanda 2:4 as it goes": {
-        "cell": ("wanda", {"pattern": "2:4", "dense_inputs": 0.0}, 16), "recorded": (89.0, 195.78), "peer": "official",
+        "cell": ("wanda", {"pattern": "2:4", "dense_inputs": False}, 16), "recorded": (89.0, 195.78), "peer": "official",
     },
     "magnitude 50%": {
         "cell": ("magnitude", {"sparsity": 0.5}, 0), "recorded": (11.0, 522.0), "target": (0.99, 1.01, 0.5),
@@ -87,6 +95,17 @@ CELLS: dict[str, dict] = {
     "gblm 50%": {"cell": ("gblm", {"sparsity": 0.5}, 16)},
     "smoothquant": {"cell": ("smoothquant", {}, 4)},
 }  # fmt: skip
+
+
+def read_windows(source: str, tokenizer: Any, windows: int, length: int) -> torch.Tensor:
+    """int64 token ids [windows, length] of a ``.npy`` file, a text file or ``python-reference``."""
+    if source.endswith(".npy"):
+        return torch.from_numpy(np.load(source, allow_pickle=False))[:windows]
+    text = "\n\n".join(topics.topics.values()) if source == "python-reference" else Path(source).read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) < windows * length:
+        raise SystemExit(f"{source} has {len(ids)} tokens, {windows} windows of {length} need {windows * length}")
+    return torch.stack([ids[i * len(ids) // windows :][:length] for i in range(windows)])
 
 
 def losses(model: torch.nn.Module, windows: torch.Tensor) -> list[float]:
@@ -121,10 +140,10 @@ def main() -> None:
     parser.add_argument("--jsonl", help="append one line per result here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, _ = models.load(models.resolve(args.model))
+    model, tokenizer = models.load(models.resolve(args.model))
     model.eval()
     calibration = torch.from_numpy(np.load(args.calibration, allow_pickle=False))
-    texts = {os.path.basename(f): torch.from_numpy(np.load(f, allow_pickle=False))[: args.windows] for f in args.evaluation}
+    texts = {os.path.basename(f): read_windows(f, tokenizer, args.windows, calibration.shape[1]) for f in args.evaluation}
     rows = []
 
     def measure(name: str, run) -> dict:
@@ -166,11 +185,9 @@ def main() -> None:
         if "recorded" in spec:
             cpu, ppl = spec["recorded"]
             against.append((f"{spec['peer']}, recorded, 10 windows", ours["first 10"] / ppl, ours["cpu_s"] / cpu))
-        if theirs:
-            text = next(iter(texts))
-            against.append(
-                (f"published algorithm, {args.windows} windows", ours[text] / theirs[text], ours["cpu_s"] / theirs["cpu_s"])
-            )
+        for text in texts if theirs else ():
+            label = f"published algorithm, {len(texts[text])} windows of {text}"
+            against.append((label, ours[text] / theirs[text], ours["cpu_s"] / theirs["cpu_s"]))
         for label, quality, cost in against or [("", float("nan"), float("nan"))]:
             low, high, most = spec.get("target", (0, float("inf"), float("inf")))
             verdict = ("reached" if low <= quality <= high and cost <= most else "missed") if "target" in spec else ""
