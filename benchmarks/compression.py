@@ -58,6 +58,12 @@ CELLS: dict[str, dict] = {
         "cell": ("sparsegpt", {"pattern": "2:4"}, 16), "recorded": (147.0, 118.88), "target": (0, 0.95, 0.45),
         "peer": "official", "reference": ("sparsegpt", {"sparsity": 0.5, "nm": (2, 4)}),
     },
+    "sparsegpt 50% reference": {
+        "cell": ("sparsegpt", {"sparsity": 0.5, "variant": "reference"}, 16), "recorded": (161.0, 72.03), "peer": "official",
+    },
+    "sparsegpt 2:4 without refit": {
+        "cell": ("sparsegpt", {"pattern": "2:4", "refit": 0}, 16), "recorded": (147.0, 118.88), "peer": "official",
+    },
     "sparsegpt 2:4 reference": {
         "cell": ("sparsegpt", {"pattern": "2:4", "variant": "reference"}, 16), "recorded": (147.0, 118.88), "peer": "official",
     },

@@ -2,7 +2,8 @@
 
 Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv:2301.00774, algorithm
 1 and section 3.5 (joint sparsification and quantisation). ``variant: reference`` is that algorithm. Ours, for N:M patterns,
-visits groups of M in order of their largest input and clips tokens with massive activations before they enter the Hessian.
+visits groups of M in order of their largest input and clips tokens with massive activations before they enter the Hessian; and
+the weights kept then go on towards the least squares solution of their mask, which the sweep only approximates.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from .base import Bits, GroupSize, Inputs, PruningConfig, Solution, parse_patter
 from .gptq import Grid, read_codes
 from .masks import keep_n_of_m, keep_top
 from .second_order import inverse_factor, nested_order, sweep
+
+TINY = torch.finfo(torch.float32).tiny
+#: Steps by default: each costs a product with the Hessian, about a tenth of a forward of 8192 tokens.
+REFIT = 2
 
 
 class SparseGptConfig(PruningConfig):
@@ -35,6 +40,9 @@ class SparseGptConfig(PruningConfig):
         default=None, ge=1, description="no token counts for more than this many median tokens; null: all do"
     )
     block: int = Field(default=128, ge=16, le=1024, description="columns whose mask is chosen together (unstructured)")
+    refit: int = Field(
+        default=0, ge=0, le=100, description="conjugate gradient steps of the kept weights after the sweep; without bits only"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -43,11 +51,16 @@ class SparseGptConfig(PruningConfig):
             return values
         ours = values.get("variant", "comptrust") == "comptrust"
         structured = values.get("pattern") not in (None, "unstructured")
-        return ({"order": "group-aware", "token_clip": 8.0} if ours and structured else {}) | values
+        defaults: dict[str, Any] = {"order": "group-aware", "token_clip": 8.0} if ours and structured else {}
+        if ours and not values.get("bits"):
+            defaults["refit"] = REFIT
+        return defaults | values
 
     def impossible(self) -> str | None:
         if self.group_size and not self.bits:
             return f"group size {self.group_size} without bits: pruned weights that are not quantised have no scales"
+        if self.refit and self.bits:
+            return f"refit {self.refit} with {self.bits} bits: refitted weights would leave their grid"
         return super().impossible()
 
 
@@ -82,6 +95,32 @@ class Prune(Grid):
         return grid.dequantise(grid.quantise(w, self.scale, self.zero, self.bits), self.scale, self.zero) if self.bits else w
 
 
+def refit(V_OI: Tensor, W_OI: Tensor, H_II: Tensor, damping: float, steps: int) -> Tensor:
+    """``V_OI`` closer to the minimum of ||(V - W) X||^2 + damping * mean(diag H) * ||V - W||^2 over its own non-zeros.
+
+    Conjugate gradients on all rows side by side, preconditioned by the diagonal (Saad 2003, *Iterative Methods*, algorithm 9.1); a row
+    has its own step sizes.
+    """
+    keep = V_OI != 0
+    ridge = damping * H_II.diagonal().mean()
+    diag = (H_II.diagonal() + ridge).clamp_min(TINY)
+    D = W_OI - V_OI
+    R = ((D @ H_II).add_(D, alpha=float(ridge))).mul_(keep)
+    V = V_OI.clone()
+    P = Z = R / diag
+    rz = (R * Z).sum(1, keepdim=True)
+    for _ in range(steps):
+        Q = (P @ H_II).add_(P, alpha=float(ridge)).mul_(keep)
+        step = rz / (P * Q).sum(1, keepdim=True).clamp_min_(TINY)
+        V.addcmul_(P, step)
+        R.addcmul_(Q, step, value=-1)
+        Z = R / diag
+        new = (R * Z).sum(1, keepdim=True)
+        P = Z.addcmul(P, new / rz.clamp_min(TINY))
+        rz = new
+    return V
+
+
 def solve(W_OI: Tensor, inputs: Inputs, config: SparseGptConfig) -> Solution:
     H = inputs.gram
     diag = H.diagonal()
@@ -101,4 +140,5 @@ def solve(W_OI: Tensor, inputs: Inputs, config: SparseGptConfig) -> Solution:
     sweep(W_IO, U, policy)
     if config.bits:
         return read_codes(W_IO, perm, policy, contiguous=True)
-    return Solution(W_IO[perm.argsort()].T.contiguous())
+    V_OI = W_IO[perm.argsort()].T.contiguous()
+    return Solution(refit(V_OI, W_OI, inputs.gram, config.damping, config.refit) if config.refit else V_OI)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comptrust.actors.compress import compress
 from comptrust.actors.compress.base import Inputs, StoredLinear
-from comptrust.actors.compress.sparsegpt import SparseGptConfig, solve
+from comptrust.actors.compress.sparsegpt import SparseGptConfig, refit, solve
 from comptrust.actors.compress.wanda import WandaConfig
 from comptrust.actors.compress.wanda import solve as wanda
 from small_models import skewed_inputs
@@ -43,7 +43,7 @@ def test_unstructured_equals_the_surgeon():
     X, W, H = problem()
     keep_of = lambda s: s > s.flatten().sort().values[s.numel() // 2 - 1]
     expected = surgeon(W, H, keep_of, block=32)
-    got = solve(W.float(), Inputs(["w"], [16], gram=H.float()), SparseGptConfig(block=32)).W_OI.double()
+    got = solve(W.float(), Inputs(["w"], [16], gram=H.float()), SparseGptConfig(block=32, refit=0)).W_OI.double()
     assert ((got != 0) == (expected != 0)).double().mean() > 0.995
     assert abs(((W - got) @ X.T).norm() / ((W - expected) @ X.T).norm() - 1) < 0.01
     assert int((got == 0).sum()) == W.numel() // 2
@@ -71,6 +71,45 @@ def test_lies_between_the_best_of_its_mask_and_pruning_without_repair(params):
         best[o, kept] = torch.linalg.lstsq(X[:, kept], X @ W[o]).solution
     plain = loss(wanda(W.float(), inputs, WandaConfig(**params)).W_OI.double())
     assert loss(best) <= loss(got) < 0.8 * plain
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.5])
+def test_refit_ends_at_the_least_squares_of_its_mask(damping):
+    """The normal equations of each row's kept columns, solved in float64."""
+    _, W, H = problem(4)
+    ridge = damping * H.diagonal().mean()
+    A = H + ridge * torch.eye(len(H), dtype=torch.float64)
+    V = solve(W.float(), Inputs(["w"], [16], gram=H.float()), SparseGptConfig(refit=0)).W_OI
+    expected = torch.zeros_like(W)
+    for o in range(len(W)):
+        kept = V[o] != 0
+        expected[o, kept] = torch.linalg.solve(A[kept][:, kept], A[kept] @ W[o])
+
+    def loss(Q):
+        D = Q.double() - W
+        return float(((D @ A) * D).sum())
+
+    losses = [loss(refit(V, W.float(), H.float(), damping, steps)) for steps in (0, 1, 2, 4, 8, 64)]
+    assert losses == sorted(losses, reverse=True) and losses[-2] < 0.9 * losses[0]
+    assert losses[-1] == pytest.approx(loss(expected), rel=1e-4)
+    done = refit(V.double(), W, H, damping, 200)  # the same in float64: to the last digits
+    assert torch.equal(done != 0, V != 0)
+    assert (done - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_refit_leaves_alone_what_cannot_be_better():
+    """Nothing pruned, and inputs that are never seen: no division by zero."""
+    _, W, H = problem(5)
+    assert torch.allclose(refit(W, W, H, 0.01, 6), W)
+    H = torch.zeros(64, 64, dtype=torch.float64)
+    V = W.where(W > 0, 0.0)
+    assert torch.equal(refit(V, W, H, 0.01, 6), V)
+
+
+def test_refit_is_for_weights_without_a_grid():
+    assert SparseGptConfig().refit > 0 and SparseGptConfig(variant="reference").refit == 0
+    assert SparseGptConfig(bits=4, group_size=16).refit == 0
+    assert "leave their grid" in SparseGptConfig(bits=4, group_size=16, refit=2).impossible()
 
 
 def test_ours_orders_groups_for_patterns_only():
