@@ -328,7 +328,8 @@ def connect(address: str | None) -> None:
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(
             f"cannot join Ray at {target!r}: {text}", where="--address",
-            fix="The cluster needs this machine's Ray and Python versions: `comptrust doctor` prints them.",
+            fix="The cluster needs this machine's Ray and Python versions (`comptrust doctor` prints them); if `ray start` said that it"
+            " uses tokens, set RAY_AUTH_MODE=token, or give `auto` on one of its nodes.",
         ) from e  # fmt: skip
 
 

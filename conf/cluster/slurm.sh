@@ -17,7 +17,7 @@ PORT="${PORT:-6379}"
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 \
   ray symmetric-run --address "$head:$PORT" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
-  comptrust run "$SWEEP" --results "$RESULTS" --address "$head:$PORT" &
+  comptrust run "$SWEEP" --results "$RESULTS" --address auto &
 step=$!
 trap 'kill -TERM "$step" 2>/dev/null || true; wait "$step"' TERM
 wait "$step"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def bucket(monkeypatch) -> Iterator[str]:
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="sweeps")
-    yield f"s3://sweeps/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    name = f"sweeps-{uuid.uuid4().hex[:8]}"  # servers of one process share their content
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket=name)
+    yield f"s3://{name}/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
     server.stop()
 
 
