@@ -109,10 +109,12 @@ def refit(V_OI: Tensor, W_OI: Tensor, H_II: Tensor, damping: float, steps: int) 
     V = V_OI.clone()
     P = Z = R / diag
     rz = (R * Z).sum(1, keepdim=True)
-    for _ in range(steps):
+    for left in reversed(range(steps)):
         Q = (P @ H_II).add_(P, alpha=float(ridge)).mul_(keep)
         step = rz / (P * Q).sum(1, keepdim=True).clamp_min_(TINY)
         V.addcmul_(P, step)
+        if not left:
+            break
         R.addcmul_(Q, step, value=-1)
         Z = R / diag
         new = (R * Z).sum(1, keepdim=True)
