@@ -5,6 +5,7 @@ Tune's own state lives in a scratch folder and is thrown away: after any interru
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import netrc
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 EXECUTOR = "comptrust.actors.actor:Worker"
 #: Trials of a sweep at most: a larger grid gives each trial several cells, because Tune keeps state of every trial in the driver.
 MAX_TRIALS = 1000
+#: A driver whose pool says nothing for so long ends; twice as long, and it is killed.
+SILENCE_S = 45.0
 #: Nodes to come of an autoscaler's group without a limit.
 MAX_NODES = 1000
 #: Errors of a cell that a smaller batch can cure.
@@ -449,7 +452,7 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
     """Feed the live view, the sink and ``progress/<id>.json`` (for `comptrust status` elsewhere) from the pool, twice a second."""
     import ray
 
-    wrote = 0.0
+    wrote, heard, here = 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
     if outcome.done and view.console.is_terminal:  # the live frontier counts cells of earlier runs too
         known = load_results(record.uri).rows("select key, size_bytes, trust, perplexity from results where status = 'done'")
         view.add_points(known)
@@ -457,8 +460,11 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
         last = stop.is_set()
         try:
             snap = ray.get(pool.snapshot.remote(), timeout=20)
+            heard = time.monotonic()
         except Exception as e:  # the cluster is going down: the sweep's own end reports it
             log.debug("no snapshot: %s", e)
+            if not last and time.monotonic() - heard > SILENCE_S:
+                return _end(f"no word from Ray for {SILENCE_S:g} s", outcome, view, stop)
             if last:
                 return
             stop.wait(1)
@@ -475,6 +481,8 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
             sink.draw(last)
         if last or time.monotonic() - wrote > 5:
             wrote = time.monotonic()
+            if not last and not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == here):
+                return _end("Ray died on this node", outcome, view, stop)  # its workers live on, and Tune waits for ever
             with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
                 record.put_json(
                     f"progress/{identity}.json", {**view.state(snap, outcome), "updated": datetime.now(UTC).isoformat()}
@@ -482,6 +490,15 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
         if last:
             return
         stop.wait(0.5)
+
+
+def _end(why: str, outcome: Outcome, view: View, stop: threading.Event) -> None:
+    """Stop the sweep like Ctrl-C; if that hangs in Ray itself, end the process."""
+    outcome.interrupted = True
+    view.say(f"{why}: the same command goes on from the record")
+    _thread.interrupt_main()
+    if not stop.wait(SILENCE_S):
+        os._exit(outcome.exit_code)
 
 
 class PoolActor(Pool):
