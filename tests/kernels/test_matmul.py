@@ -33,7 +33,7 @@ def test_reference_float64(format, layout, tokens, rows, quads, seed):
     y = matmul(x, arrange(packed, layout), "torch")
     assert y.shape == (tokens, rows)
     assert y.dtype == x.dtype
-    assert tokens == 0 or ref.error(y, x, W) < 3e-4
+    assert tokens == 0 or ref.error(y, x, W) < 2**-11 + 1e-5  # one output rounded to float16
 
 
 def test_reference_never_unpacks_everything(monkeypatch):
