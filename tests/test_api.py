@@ -1,0 +1,73 @@
+"""Compress and evaluate without a sweep: a checkpoint on disk against the model it was made from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import comptrust
+import pytest
+from comptrust.actors.errors import BadInput
+from comptrust.sweep.cli import app
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import make_tiny_model
+
+EVALUATION = {"suite": "smoke", "dimensions": ["ethics"], "per_dimension": 4, "perplexity": {"windows": 1, "seqlen": 64}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    make_tiny_model(folder / "dense")
+    comptrust.compress(str(folder / "dense"), "rtn", {"bits": 2, "group_size": 32}, folder / "rtn2", dtype="float32")
+    return folder
+
+
+@pytest.fixture
+def measured(folder):
+    def measure(name: str, dense: str | None = "dense"):
+        rows = comptrust.evaluate(
+            str(folder / name), EVALUATION, dense=dense and str(folder / dense), dtype="float32"
+        )  # fmt: skip
+        return {(m["dimension"], m["metric"]): m for m in rows if m["convention"] == "comptrust" and not m["scenario"]}
+
+    return measure
+
+
+def test_a_checkpoint_is_measured_against_its_dense_model(measured):
+    rows, alone = measured("rtn2"), measured("dense", None)
+    assert rows["divergence", "kl_dense"]["value"] > 1e-4
+    assert rows["utility", "perplexity"]["dense"] == alone["utility", "perplexity"]["value"]
+    assert rows["utility", "perplexity"]["value"] != rows["utility", "perplexity"]["dense"]
+    assert ("divergence", "kl_dense") not in alone and "dense" not in alone["utility", "perplexity"]
+
+
+def test_a_model_against_itself_has_no_distance(measured):
+    rows = measured("dense")
+    assert rows["divergence", "kl_dense"]["value"] < 1e-6 and rows["divergence", "top1_agreement"]["value"] == 1
+    assert rows["utility", "perplexity"]["value"] == rows["utility", "perplexity"]["dense"]
+
+
+def test_another_vocabulary_is_refused_before_weights_are_read(folder):
+    from transformers import AutoTokenizer
+
+    other = make_tiny_model(folder / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(other)
+    (other / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(BadInput, match="different vocabularies"):
+        comptrust.evaluate(str(folder / "dense"), EVALUATION, dense=str(other))
+
+
+def test_the_command_prints_both(folder, capsys):
+    app(
+        [
+            "evaluate", str(folder / "rtn2"), "--dense", str(folder / "dense"), "--suite", "smoke", "--dimension", "ethics",
+            "--set", "per_dimension=4", "--set", "perplexity={windows: 1, seqlen: 64}",
+        ],
+        standalone_mode=False,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "dense" in out.splitlines()[0] and "kl_dense" in out
