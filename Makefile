@@ -52,7 +52,7 @@ test-slow: $(VENV)/.test
 
 # Builds the isolated environments of the peer libraries and runs a tiny model through each.
 test-backends: $(VENV)/.test
-	for b in autoawq auto-gptq gptqmodel llmcompressor; do $(BIN)/comptrust backends install $$b || exit 1; done
+	for b in autoawq auto-gptq gptqmodel llmcompressor vllm; do $(BIN)/comptrust backends install $$b || exit 1; done
 	$(PYTEST) -m 'backends' --timeout 3600
 
 schema: $(VENV)/.test

