@@ -209,6 +209,7 @@ class Worker:
             on_task=lambda task, rows: self.record.put_partial(cell.key, task, rows),
             progress=self.progress,
             batch_scale=batch_scale,
+            beside=() if dense else (self.model,),
         )
         if dense:
             self.record.put_tensors(f"reference/{cell.key}.safetensors", result.reference_out)
@@ -241,7 +242,8 @@ class Worker:
         import torch
 
         supported = self.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
-        if self.config.execution == "simulated" or compressed.sparsity_reached is None or not supported:
+        ours = self.config.execution != "simulated" and self.plan.config.engine == "transformers"
+        if not ours or compressed.sparsity_reached is None or not supported:
             return "simulated", None
         from ..kernels.modules import swap
         from .compress.export import pack_pruned

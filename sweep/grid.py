@@ -44,6 +44,7 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
 
     blocks = [_checked(block, i) for i, block in enumerate(config.methods)]
     _check_exclude(config)
+    _check_engine(config)
     plan = plan_evaluation(config.evaluation, load_pack())
     grid = Grid([], [], plan)
     for i, model in enumerate(config.models):
@@ -86,6 +87,19 @@ def _check_exclude(config: SweepConfig) -> None:
                 raise BadInput(unknown(name, sorted(known), "field"), where=f"exclude[{i}].{name}")
 
 
+def _check_engine(config: SweepConfig) -> None:
+    from ..actors.evaluate.vllm_ import check_method
+
+    for block in config.methods:
+        check_method(config.evaluation, block.method)
+    if config.evaluation.engine == "vllm" and config.execution == "kernel":
+        raise BadInput(
+            "'kernel' runs pruned cells in our process, and vllm answers in its own",
+            where="execution",
+            fix="Leave it at auto, or use evaluation.engine transformers",
+        )
+
+
 def excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
     def fits(want: Any, have: Any) -> bool:
         return have in want if isinstance(want, list | tuple) else have == want
@@ -105,6 +119,8 @@ def _expand_model(
     tokenizer = models.load_tokenizer(ref)
     hf_config = models.load_config(ref)
     dtype = model.dtype or default_dtype()
+    if unsupported := compress.incompatible("dense", {}, hf_config):
+        raise BadInput(unsupported, where=where)
     check_evaluation(config.evaluation, tokenizer)
     base = {
         "model": model.id,

@@ -54,6 +54,10 @@ class EvaluationConfig(_Frozen):
         default="builtin",
         description="`builtin` (MiniLM and n-grams, of the extra `quickstart`), a classifier of the hub, or `hub`: the mean of both",
     )
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="what generates the answers; `vllm` needs `comptrust backends install vllm` and cells it can load",
+    )
     seed: int = Field(default=0, ge=0, description="keys the sampling noise, with item, sample and step")
     batch_size: int | None = Field(
         default=None,

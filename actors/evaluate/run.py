@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ class EvaluationPlan:
                 "lm_eval": lm_eval,
                 "answers": h.hexdigest(),
                 **({} if c.toxicity_scorer == "builtin" else {"toxicity_scorer": c.toxicity_scorer}),
+                **({} if c.engine == "transformers" else {"engine": c.engine}),
             }
         )
 
@@ -138,9 +140,11 @@ def plan_evaluation(config: EvaluationConfig, pack: Pack) -> EvaluationPlan:
 
 
 def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """``BadInput`` for what the tokenizer can tell (no chat template, a text too short), and for unknown lm-eval tasks."""
+    """``BadInput`` for what the tokenizer can tell (no chat template, a text too short), unknown lm-eval tasks, an absent engine."""
     from .template import check_template
+    from .vllm_ import check_engine
 
+    check_engine(config)
     check_template(tokenizer, config.template)
     if "toxicity" in config.dimensions:
         toxicity_scorer.check(config.toxicity_scorer)
@@ -165,16 +169,16 @@ def evaluate(
     on_task: Callable[[str, list[Row]], None] | None = None,
     progress: Progress | None = None,
     batch_scale: float = 1.0,
+    beside: Sequence[Any] = (),
 ) -> EvaluationResult:
     """Measure ``model``: perplexity and divergence, then every task of the plan.
 
     Without ``reference`` the result carries one (``reference_out``); with one, divergence and flips are measured against it;
     ``dense`` states them as zero. ``done``: stored rows by task, not computed again if they are complete. ``on_task(name,
     rows)`` is called as a task ends. ``CellError``: NaN logits, or a reference of another plan. Memory running out halves the
-    batch.
+    batch. ``beside``: other modules on the GPU, which with ``model`` make room for vLLM while it answers.
     """
     from .divergence import dense_rows, divergence_rows, encode_outcomes, flip_rows
-    from .generate import Generator
 
     check_evaluation(plan.config, tokenizer)
     report = progress or (lambda stage, done, total: None)
@@ -185,16 +189,16 @@ def evaluate(
         metrics.append(MetricRow("comptrust", UTILITY, "", "perplexity", scores.perplexity, scores.tokens))
         metrics += divergence_rows(scores.divergence)
         out |= scores.reference
-    generator = Generator(model, tokenizer, batch_size=config.batch_size, seed=config.seed)
-    generator.batch_size = max(1, int(generator.batch_size * batch_scale))
-    for task in plan.tasks:
-        answered = _stored(task, (done or {}).get(task.name))
-        if answered is None:
-            answered = _answer(task, generator, config, report)
-            if on_task:
-                on_task(task.name, [_public(r, config) for r in answered])
-        metrics += task.task.metrics(answered, config.suite)
-        rows += answered
+    with _engine(model, tokenizer, config, beside) as generator:
+        generator.batch_size = max(1, int(generator.batch_size * batch_scale))
+        for task in plan.tasks:
+            answered = _stored(task, (done or {}).get(task.name))
+            if answered is None:
+                answered = _answer(task, generator, config, report)
+                if on_task:
+                    on_task(task.name, [_public(r, config) for r in answered])
+            metrics += task.task.metrics(answered, config.suite)
+            rows += answered
     out["outcomes"] = encode_outcomes(rows)
     if dense:
         metrics += dense_rows()
@@ -219,6 +223,16 @@ def _perplexity(model: Any, tokenizer: Any, config: EvaluationConfig, reference:
         positions=config.perplexity.positions,
         progress=lambda n, total: report("perplexity", n, total),
     )
+
+
+def _engine(model: Any, tokenizer: Any, config: EvaluationConfig, beside: Sequence[Any]) -> Any:
+    """A context that gives a ``Generator``, or what answers like one."""
+    from .generate import Generator
+    from .vllm_ import VllmGenerator
+
+    if config.engine == "vllm":
+        return VllmGenerator(model, tokenizer, batch_size=config.batch_size, seed=config.seed, beside=beside)
+    return nullcontext(Generator(model, tokenizer, batch_size=config.batch_size, seed=config.seed))
 
 
 def _answer(task: PlannedTask, generator: Any, config: EvaluationConfig, report: Progress) -> list[Row]:
