@@ -101,12 +101,12 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
     _, config = _config(method, params, "")
     if why := config.impossible():
         return why
-    if model_config is None or method == "dense":
+    if model_config is None:
         return None
     try:
         linears = _linears(_canonical(model_config))
     except BadInput as e:
-        return str(e)
+        return str(BadInput(e.problem, fix=e.fix))
     for name, inputs in linears:
         layer = config.for_layer(name)
         if layer is not None and (why := layer.impossible() or layer.misfit(name, inputs)):

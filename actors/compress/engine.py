@@ -197,10 +197,16 @@ def _weights_only(cell: Cell, block: nn.Module, prefix: str) -> None:
     for name, linear in linears_of(block).items():
         config = cell.config.for_layer(prefix + name)
         if config is not None:
-            W_OI = linear.weight.float()
+            W_OI = _finite(linear.weight.float(), prefix + name)
             solution = cell.spec.solve(W_OI, Inputs([prefix + name], [linear.out_features], context=cell.context), config)
             error = (W_OI - solution.W_OI).norm() / W_OI.norm().clamp_min(1e-30)
             _keep(cell, linear, prefix + name, solution, config, slice(None), float(error))
+
+
+def _finite(W_OI: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(W_OI.sum())):
+        raise CellError(f"{name}: the model's own weights are not finite")
+    return W_OI
 
 
 def _keep(
@@ -340,7 +346,7 @@ class BlockPass:
                 fold=group.fold if names == group.linears else None,  # a scale folds only if all that read the input share it
                 **accumulators[self.key(config)].finish(),
             )
-            W_OI = torch.cat([m.weight for m in linears]).float()
+            W_OI = _finite(torch.cat([m.weight for m in linears]).float(), ", ".join(inputs.names))
             solution = cell.spec.solve(W_OI, inputs, config)
             effective = solution.W_OI if solution.input_scale is None else solution.W_OI / solution.input_scale
             if not bool(torch.isfinite(effective.sum())):

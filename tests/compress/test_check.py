@@ -110,6 +110,7 @@ def test_an_unsupported_architecture_is_a_reason_too():
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=50
     )
     assert "mixture" in incompatible("rtn", {"group_size": 16}, tiny)
+    assert incompatible("dense", {}, tiny).startswith("MixtralForCausalLM: ")
 
 
 def test_tokens_needed_are_known_without_weights(config):

@@ -244,6 +244,14 @@ def test_non_finite_activations_name_the_layer(tokens):
         compress(model, "wanda", {}, tokens)
 
 
+@pytest.mark.parametrize(("method", "params"), [("rtn", {"group_size": 32}), ("magnitude", {}), ("gptq", {"group_size": 32})])
+def test_weights_that_are_not_finite_name_the_layer(tokens, method, params):
+    model = make_llama()
+    model.model.layers[0].mlp.down_proj.weight[3, 5] = float("inf")
+    with pytest.raises(CellError, match=r"model\.layers\.0\.mlp\.down_proj: the model's own weights are not finite"):
+        compress(model, method, params, tokens)
+
+
 def test_too_few_tokens_names_the_number(llama, tokens):
     with pytest.raises(BadInput, match=r"192 calibration tokens or more, not 96.*Raise samples to 4"):
         compress(llama, "gptq", {"group_size": 32}, tokens[:2])
