@@ -306,13 +306,7 @@ def compress(
     from ..actors.calibration import default_size
 
     params = {"bits": bits, "group_size": group_size, "sparsity": sparsity, "pattern": pattern}
-    from .config import parse_yaml
-
-    for text in set_ or []:
-        name, eq, value = text.partition("=")
-        if not eq:
-            raise BadInput(f"{text!r} is no override", where="--set", fix="Write --set name=value, e.g. --set damping=0.05.")
-        params[name] = parse_yaml(value, f"--set {name}")
+    params |= _overrides(set_, "damping=0.05")
     chosen = {k: v for k, v in {"samples": samples, "seqlen": seqlen}.items() if v is not None}
     spec = {"source": calibration, **default_size(calibration), **chosen, "seed": seed}
     done = make(
@@ -336,14 +330,11 @@ def evaluate(
 ) -> None:
     """One model without a sweep: the trust dimensions with refusal rates and intervals, perplexity, MMLU."""
     from ..actors.api import evaluate as make
-    from .config import parse_yaml
 
     config: dict[str, Any] = {"suite": suite}
     if dimension:
         config["dimensions"] = dimension
-    for text in set_ or []:
-        name, _, value = text.partition("=")
-        config[name] = parse_yaml(value, f"--set {name}")
+    config |= _overrides(set_, "per_dimension=32")
     metrics = make(model, config, dense=dense, dtype=dtype, progress=_progress_line())
     if format is TextFormat.json:
         _json(metrics)
@@ -363,6 +354,18 @@ def export(
     from .export import export_cell
 
     print(export_cell(results, cell, output, progress=_progress_line()))
+
+
+def _overrides(given: list[str] | None, example: str) -> dict[str, Any]:
+    from .config import parse_yaml
+
+    out = {}
+    for text in given or []:
+        name, eq, value = text.partition("=")
+        if not eq:
+            raise BadInput(f"{text!r} is no override", where="--set", fix=f"Write --set name=value, e.g. --set {example}.")
+        out[name] = parse_yaml(value, f"--set {name}")
+    return out
 
 
 def _progress_line() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from comptrust.sweep.grid import expand, order
 from conftest import comptrust, sweep_dict
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MambaConfig
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 
@@ -87,6 +89,15 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert [(c.method, c.params.get("bits")) for c in grid.cells[1:]] == [("rtn", 4), ("gptq", 4), ("gptq", 4), ("gptq", 4)]
     assert len(set(grid.keys)) == len(grid.cells)
     assert len(grid.skipped) == 2 and all("48 does not divide" in s.reason for s in grid.skipped)
+
+
+def test_an_unsupported_architecture_is_refused_before_any_work(tiny, tmp_path):
+    folder = tmp_path / "mamba"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=600, state_size=4).save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(BadInput, match=r"models\[0\].id: .*Supported: decoder-only models .* such as Llama"):
+        expand(load_config(sweep_dict([folder], tmp_path)))
 
 
 def test_the_same_file_gives_the_same_keys_and_order_of_axes_none(tiny, tmp_path):
