@@ -14,8 +14,10 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-#: A free worker waits so long for a cell of its own model before it takes another model's.
-AFFINITY_WAIT_S = 0.3
+#: A free worker waits so long for a cell of its own model before it takes another model's. A load costs more than that.
+AFFINITY_WAIT_S = 2.0
+#: A cell that waits for a worker looks again so often.
+POLL_S = 0.3
 #: Stage of a worker that has a cell and has not said anything about it.
 PENDING = "starting"
 #: A worker that has not started by then gives its cell up, if another could have it.
@@ -96,7 +98,7 @@ class Pool:
         self.states[key] = "waiting"
         self._schedule()
         while not request.future.done():
-            await asyncio.wait([request.future], timeout=AFFINITY_WAIT_S)
+            await asyncio.wait([request.future], timeout=POLL_S)
             self._schedule()
         return request.future.result()
 
