@@ -40,7 +40,7 @@ def quantise(W: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor
 
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    return codes * scale if zero is None else (codes - zero) * scale
+    return codes * scale if zero is None else (codes - zero).mul_(scale)
 
 
 def store(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
