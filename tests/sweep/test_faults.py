@@ -120,6 +120,7 @@ def test_kill_9_many_rounds(tiny, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_resumable_sweep(tiny, tmp_path, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the driver
     sweep = Sweep(tiny, tmp_path)
     driver = sweep.start()
     sweep.wait_for("done", 2)
