@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 from comptrust.actors.compress import compress
-from comptrust.actors.compress.awq import AwqConfig, round_scaled, search_clip, search_scale, solve
+from comptrust.actors.compress.awq import AwqConfig, loss_of, round_scaled, search_clip, search_scale, solve
 from comptrust.actors.compress.base import Inputs
 from comptrust.actors.compress.structure import Fold, share_heads
 from small_models import make_llama, skewed_inputs
@@ -33,6 +33,15 @@ def test_search_finds_the_scale_with_the_least_output_error():
     assert torch.allclose(got, best[1], rtol=1e-4)
     plain = round_scaled(W.float(), 3, 16, False)[0].view(24, 64).double()
     assert best[0] < 0.8 * float((X @ (plain - W).T).square().sum())
+
+
+def test_loss_by_half_of_a_symmetric_matrix_is_the_trace():
+    generator = torch.Generator().manual_seed(0)
+    for inputs in (64, 258, 576):  # whole; in blocks; in equal blocks
+        X = torch.randn(700, inputs, generator=generator, dtype=torch.float64)
+        D = torch.randn(30, inputs, generator=generator, dtype=torch.float64)
+        loss = loss_of((X.T @ X).float())(D.float())
+        torch.testing.assert_close(loss, float((D @ X.T).square().sum()), rtol=1e-5, atol=0)
 
 
 def test_clipping_never_raises_a_groups_own_error():
