@@ -50,7 +50,10 @@ class GptqConfig(MethodConfig):
 
 
 class Grid:
-    """Sweep policy: the grid of a group is fitted when the sweep reaches it, so it sees every earlier error fed back."""
+    """Sweep policy: the grid of a group is fitted when the sweep reaches it, so it sees every earlier error fed back.
+
+    A block is swept in units of its scales, so that rounding a row is no more than rounding.
+    """
 
     def __init__(self, W_IO: Tensor, U_II: Tensor, bits: int, group_size: int | None, symmetric: bool, search: int) -> None:
         self.bits, self.symmetric, self.search = bits, symmetric, search
@@ -65,32 +68,39 @@ class Grid:
         if start % self.group == 0:
             rows = slice(start, start + self.group)
             self.fit(self.W[rows], self.U.diagonal()[rows])
+        W_BO.div_(self.scale)
 
     def fit(self, W_GO: Tensor, diag_G: Tensor) -> None:
-        full, _ = grid.fit(W_GO, self.bits, self.symmetric, dim=0)
-        self.scale, self.zero = grid.fit(W_GO, self.bits, self.symmetric, dim=0)
+        low, high = grid.span(W_GO, self.symmetric, dim=0)
+        scale, zero = grid.over(low, high, self.bits, self.symmetric)
         if self.search:
             weight_G = diag_G.reciprocal().square()
-            best = torch.full_like(full[0], torch.inf)
+            best = torch.full_like(scale[0], torch.inf)
+            V, Q = torch.empty_like(W_GO), torch.empty_like(W_GO)
             for shrink in torch.linspace(1, 0.7, self.search).tolist():
-                scale, zero = grid.fit(W_GO * shrink, self.bits, self.symmetric, dim=0)
-                q = grid.dequantise(grid.quantise(W_GO, scale, zero, self.bits), scale, zero)
-                error = weight_G @ q.sub_(W_GO).square_()
+                s, z = grid.over(low * shrink, high * shrink, self.bits, self.symmetric)
+                torch.div(W_GO, s, out=V)
+                torch.round(V, out=Q).clamp_(*grid.limits(z, self.bits))
+                error = (weight_G @ V.sub_(Q).square_()).mul_(s[0].square())
                 better = error < best
                 best = torch.where(better, error, best)
-                self.scale = torch.where(better, scale, self.scale)
+                scale = torch.where(better, s, scale)
                 if zero is not None:
-                    self.zero = torch.where(better, zero, self.zero)
-        self.scale, self.zero = self.scale[0], None if self.zero is None else self.zero[0]
+                    zero = torch.where(better, z, zero)
+        self.scale, self.limits = scale[0], grid.limits(None if zero is None else zero[0], self.bits)
         self.scales.append(self.scale)
-        if self.zero is not None:
-            self.zeros.append(self.zero)
+        if zero is not None:
+            self.zeros.append(zero[0])
 
     def begin_micro(self, W_MO: Tensor, diag_M: Tensor, start: int) -> None:
         pass
 
-    def row(self, w_O: Tensor, i: int) -> Tensor:
-        return grid.dequantise(grid.quantise(w_O, self.scale, self.zero, self.bits), self.scale, self.zero)
+    def row(self, w_O: Tensor, i: int, out_O: Tensor) -> None:
+        torch.round(w_O, out=out_O).clamp_(*self.limits)
+
+    def end_block(self, Q_BO: Tensor, E_BO: Tensor) -> None:
+        Q_BO.mul_(self.scale)
+        E_BO.mul_(self.scale)
 
 
 def read_codes(W_IO: Tensor, perm_I: Tensor, policy: Grid, contiguous: bool) -> Solution:

@@ -6,6 +6,8 @@ method sees and nothing is hidden from the bytes counted.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,26 +19,43 @@ def half_exact(scale: Tensor) -> Tensor:
     return scale.clamp(TINY, 65504.0).half().float()
 
 
-def fit(W: Tensor, bits: int, symmetric: bool, dim: int = 1) -> tuple[Tensor, Tensor | None]:
-    """Min-max grid along ``dim`` (kept, length 1): (scale float32, zero point float32 or None).
+def span(W: Tensor, symmetric: bool, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Ends of the range a grid has to cover, along ``dim`` (kept, length 1). An asymmetric one always holds 0."""
+    if symmetric:
+        high = W.abs().amax(dim, keepdim=True)
+        return -high, high
+    return W.amin(dim, keepdim=True).clamp_(max=0), W.amax(dim, keepdim=True).clamp_(min=0)
 
-    Symmetric: scale = 2 max|w| / (2^b - 1), codes -2^(b-1) .. 2^(b-1) - 1. Asymmetric: the range always holds 0, so that a
-    pruned weight stays exactly zero.
+
+def over(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """The grid of a `span`: (scale float32, zero point float32 or None).
+
+    Symmetric: scale = 2 max|w| / (2^b - 1), codes -2^(b-1) .. 2^(b-1) - 1. Asymmetric: 0 is a point of the grid, so that a pruned
+    weight stays exactly zero.
     """
     levels = 2**bits - 1
     if symmetric:
-        return half_exact(W.abs().amax(dim, keepdim=True) * (2 / levels)), None
-    high = W.amax(dim, keepdim=True).clamp_(min=0)
-    low = W.amin(dim, keepdim=True).clamp_(max=0)
+        return half_exact(high * (2 / levels)), None
     scale = half_exact((high - low) / levels)
     return scale, (-low / scale).round_().clamp_(0, levels)
 
 
+def fit(W: Tensor, bits: int, symmetric: bool, dim: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Min-max grid along ``dim`` (kept, length 1): (scale float32, zero point float32 or None)."""
+    return over(*span(W, symmetric, dim), bits, symmetric)
+
+
+def limits(zero: Tensor | None, bits: int) -> tuple[Any, Any]:
+    """Lowest and highest code, counted from the zero point."""
+    if zero is None:
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return -zero, 2**bits - 1 - zero
+
+
 def quantise(W: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Nearest codes, float32 tensor of integers; shapes broadcast."""
-    if zero is None:
-        return (W / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return (W / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    codes = (W / scale).round_().clamp_(*limits(zero, bits))
+    return codes if zero is None else codes.add_(zero)
 
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ and algorithm 1 (lazy batches, Cholesky form).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -20,18 +20,26 @@ from ..errors import CellError
 class Policy(Protocol):
     """Decides what each row of W_IO becomes while the sweep passes over it."""
 
+    group: int  # no lazy block crosses a multiple of it
     block: int  # rows per lazy block
-    micro: int  # rows per micro block, divides ``block``
+    micro: int  # rows per micro block
 
-    def begin_block(self, W_BO: Tensor, diag_B: Tensor, start: int) -> None: ...
+    def begin_block(self, W_BO: Tensor, diag_B: Tensor, start: int) -> None:
+        """May put the block into units of its own, a factor per output."""
+
     def begin_micro(self, W_MO: Tensor, diag_M: Tensor, start: int) -> None: ...
-    def row(self, w_O: Tensor, i: int) -> Tensor: ...
+
+    def row(self, w_O: Tensor, i: int, out_O: Tensor) -> None:
+        """Write into ``out_O`` what row ``i`` of the block becomes."""
+
+    def end_block(self, Q_BO: Tensor, E_BO: Tensor) -> None:
+        """Results and errors back from the block's units."""
 
 
 def inverse_factor(H_II: Tensor, damping: float, *, name: str, escalate: Sequence[float] = (10, 100, 1000)) -> Tensor:
     """Upper triangular U [I, I] float32 with U'U = (H + damping * mean(diag H) * 1)^-1.
 
-    One Cholesky of the reversed matrix and one triangular solve, instead of Cholesky, inverse and Cholesky. Where float32 fails
+    One Cholesky of the reversed matrix and one triangular inverse, instead of Cholesky, inverse and Cholesky. Where float32 fails
     the factorisation is repeated in float64, then with ``damping`` times each of ``escalate``. CellError if all of them fail.
     """
     diag = H_II.diagonal()
@@ -45,8 +53,7 @@ def inverse_factor(H_II: Tensor, damping: float, *, name: str, escalate: Sequenc
             L, failed = torch.linalg.cholesky_ex(A)
             del A
             if not failed:
-                eye = torch.eye(len(L), dtype=dtype, device=L.device)
-                U = torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
+                U = inverse_upper(L.flip(0, 1)).float()
                 if bool(torch.isfinite(U.diagonal()).all()):
                     return U
     raise CellError(
@@ -54,31 +61,51 @@ def inverse_factor(H_II: Tensor, damping: float, *, name: str, escalate: Sequenc
     )
 
 
+def inverse_upper(R_II: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves: matrix products, which run several times faster than a triangular solve."""
+    n = len(R_II)
+    if n <= 128:
+        return torch.linalg.solve_triangular(R_II, torch.eye(n, dtype=R_II.dtype, device=R_II.device), upper=True)
+    h = n // 2
+    out = torch.zeros_like(R_II)
+    out[:h, :h], out[h:, h:] = inverse_upper(R_II[:h, :h]), inverse_upper(R_II[h:, h:])
+    out[:h, h:] = (out[:h, :h] @ R_II[:h, h:]).neg_() @ out[h:, h:]
+    return out
+
+
+def lazy_blocks(n: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """Bounds of blocks of at most ``block`` rows, none of which crosses a multiple of ``group``."""
+    for g in range(0, n, group):
+        end = min(g + group, n)
+        yield from ((b, min(b + block, end)) for b in range(g, end, block))
+
+
 def sweep(W_IO: Tensor, U_II: Tensor, policy: Policy) -> None:
     """Replace each row of ``W_IO`` by ``policy.row``, spreading its error over the rows behind; in place.
 
     Left-looking: pending errors reach a micro block by one small product, the blocks behind by one large one.
     """
-    n, diag = len(W_IO), U_II.diagonal()
-    for b0 in range(0, n, policy.block):
-        b1 = min(b0 + policy.block, n)
-        E_BO = torch.empty(b1 - b0, W_IO.shape[1], device=W_IO.device)
-        policy.begin_block(W_IO[b0:b1], diag[b0:b1], b0)
-        for m0 in range(b0, b1, policy.micro):
-            m1 = min(m0 + policy.micro, b1)
-            if m0 > b0:
-                W_IO[m0:m1].addmm_(U_II[b0:m0, m0:m1].T, E_BO[: m0 - b0], alpha=-1)
-            policy.begin_micro(W_IO[m0:m1], diag[m0:m1], m0)
+    n, diag_I = len(W_IO), U_II.diagonal()
+    for b0, b1 in lazy_blocks(n, policy.group, policy.block):
+        W_BO, diag_B = W_IO[b0:b1], diag_I[b0:b1]
+        policy.begin_block(W_BO, diag_B, b0)
+        R_BB = U_II[b0:b1, b0:b1] / diag_B[:, None]  # what an error of 1 in a row changes behind it
+        Q_BO, E_BO = torch.empty_like(W_BO), torch.empty_like(W_BO)
+        w, q, e = W_BO.unbind(), Q_BO.unbind(), E_BO.unbind()
+        for m0 in range(0, b1 - b0, policy.micro):
+            m1 = min(m0 + policy.micro, b1 - b0)
+            if m0:
+                W_BO[m0:m1].addmm_(R_BB[:m0, m0:m1].T, E_BO[:m0], alpha=-1)
+            policy.begin_micro(W_BO[m0:m1], diag_B[m0:m1], m0)
             for i in range(m0, m1):
-                w, e = W_IO[i], E_BO[i - b0]
-                q = policy.row(w, i)
-                torch.sub(w, q, out=e)
-                e.div_(diag[i])
-                w.copy_(q)
+                policy.row(w[i], i, q[i])
+                torch.sub(w[i], q[i], out=e[i])
                 if i + 1 < m1:
-                    W_IO[i + 1 : m1].addcmul_(U_II[i, i + 1 : m1, None], e, value=-1)
+                    W_BO[i + 1 : m1].addcmul_(R_BB[i, i + 1 : m1, None], e[i], value=-1)
+        policy.end_block(Q_BO, E_BO)
+        W_BO.copy_(Q_BO)
         if b1 < n:
-            W_IO[b1:].addmm_(U_II[b0:b1, b1:].T, E_BO, alpha=-1)
+            W_IO[b1:].addmm_(U_II[b0:b1, b1:].T, E_BO.div_(diag_B[:, None]), alpha=-1)
 
 
 def nested_order(diag_I: Tensor, *sizes: int) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from . import grid
 from .base import Bits, GroupSize, Inputs, PruningConfig, Solution, parse_pattern
 from .gptq import Grid, read_codes
 from .masks import keep_n_of_m, keep_top
@@ -61,6 +60,9 @@ class SparseGptConfig(PruningConfig):
             return f"group size {self.group_size} without bits: pruned weights that are not quantised have no scales"
         if self.refit and self.bits:
             return f"refit {self.refit} with {self.bits} bits: refitted weights would leave their grid"
+        nm = parse_pattern(self.pattern)
+        if nm and self.group_size and self.group_size % nm[1]:
+            return f"group size {self.group_size} tears groups of pattern {self.pattern} apart (try {-(-self.group_size // nm[1]) * nm[1]})"
         return super().impossible()
 
 
@@ -72,27 +74,30 @@ class Prune(Grid):
         self.outs, self.sparsity, self.nm = outs, config.sparsity, parse_pattern(config.pattern)
         self.micro = self.nm[1] if self.nm else 4
         if not (config.bits and config.group_size and self.group <= 256):
-            self.block = config.block
-        self.block = max(self.block // self.micro, 1) * self.micro
+            self.block = max(config.block // self.micro, 1) * self.micro
 
     def begin_block(self, W_BO: Tensor, diag_B: Tensor, start: int) -> None:
-        if self.bits:
-            super().begin_block(W_BO, diag_B, start)
-        self.start = start
-        self.keep = torch.ones(W_BO.shape, dtype=torch.bool, device=W_BO.device)
+        self.keep = torch.ones_like(W_BO)
         if not self.nm:
             score = (W_BO / diag_B[:, None]).square_()
             for s, k in zip(score.split(self.outs, 1), self.keep.split(self.outs, 1), strict=True):
                 k.copy_(keep_top(s.reshape(-1), int(s.numel() * self.sparsity)).view(s.shape))
+        if self.bits:
+            super().begin_block(W_BO, diag_B, start)
 
     def begin_micro(self, W_MO: Tensor, diag_M: Tensor, start: int) -> None:
         if self.nm:
             score = (W_MO / diag_M[:, None]).square_()
-            self.keep[start - self.start : start - self.start + len(W_MO)] = keep_n_of_m(score.T, *self.nm).T
+            self.keep[start : start + len(W_MO)] = keep_n_of_m(score.T, *self.nm).T
 
-    def row(self, w_O: Tensor, i: int) -> Tensor:
-        w = w_O.where(self.keep[i - self.start], 0.0)
-        return grid.dequantise(grid.quantise(w, self.scale, self.zero, self.bits), self.scale, self.zero) if self.bits else w
+    def row(self, w_O: Tensor, i: int, out_O: Tensor) -> None:
+        torch.mul(w_O, self.keep[i], out=out_O)
+        if self.bits:
+            super().row(out_O, i, out_O)
+
+    def end_block(self, Q_BO: Tensor, E_BO: Tensor) -> None:
+        if self.bits:
+            super().end_block(Q_BO, E_BO)
 
 
 def refit(V_OI: Tensor, W_OI: Tensor, H_II: Tensor, damping: float, steps: int) -> Tensor:
@@ -142,5 +147,5 @@ def solve(W_OI: Tensor, inputs: Inputs, config: SparseGptConfig) -> Solution:
     sweep(W_IO, U, policy)
     if config.bits:
         return read_codes(W_IO, perm, policy, contiguous=True)
-    V_OI = W_IO[perm.argsort()].T.contiguous()
+    V_OI = W_IO[perm.argsort()].T.contiguous().add_(0.0)  # no -0 from the product with the mask
     return Solution(refit(V_OI, W_OI, inputs.gram, config.damping, config.refit) if config.refit else V_OI)

@@ -8,7 +8,7 @@ from comptrust.actors.compress import compress, grid
 from comptrust.actors.compress.base import Inputs, StoredLinear
 from comptrust.actors.compress.gptq import GptqConfig, solve
 from comptrust.actors.compress.rtn import round_to_nearest
-from comptrust.actors.compress.second_order import inverse_factor, nested_order
+from comptrust.actors.compress.second_order import inverse_factor, inverse_upper, lazy_blocks, nested_order
 from comptrust.actors.errors import CellError
 from small_models import skewed_inputs
 
@@ -78,6 +78,31 @@ def test_a_dead_input_costs_nothing():
     W = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     Q = solve(W.float(), Inputs(["w"], [4], gram=(X.T @ X).float()), GptqConfig(group_size=16)).W_OI
     assert torch.isfinite(Q).all() and (Q[:, 5] == 0).all()
+
+
+def test_groups_wider_than_a_lazy_block_have_a_grid_each():
+    """288 does not divide into blocks of 128; compared with the grid that the group's own codes would choose."""
+    X = skewed_inputs(800, 576)
+    W = torch.randn(4, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    W[:, 288:] *= 5
+    config = GptqConfig(group_size=288, variant="reference", token_clip=None)
+    solution = solve(W.float(), Inputs(["w"], [4], gram=(X.T @ X).float()), config)
+    assert solution.scale.shape == (4, 2) and (solution.scale[:, 1] > 3 * solution.scale[:, 0]).all()
+    expected = obq(W, X.T @ X, config, torch.arange(576))
+    loss = lambda Q: float(((W - Q) @ X.T).norm())
+    assert abs(loss(solution.W_OI.double()) / loss(expected) - 1) < 0.02
+
+
+def test_lazy_blocks_end_where_groups_do():
+    assert list(lazy_blocks(640, 320, 128)) == [(0, 128), (128, 256), (256, 320), (320, 448), (448, 576), (576, 640)]
+    assert list(lazy_blocks(100, 64, 64)) == [(0, 64), (64, 100)]
+
+
+@pytest.mark.parametrize("n", [1, 100, 129, 576])
+def test_inverse_by_halves_equals_the_inverse(n):
+    R = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).triu()
+    R.diagonal().abs_().add_(n**0.5)
+    assert torch.allclose(inverse_upper(R), torch.linalg.inv(R), atol=1e-12)
 
 
 def test_damping_escalates_and_then_says_which_layer():

@@ -112,6 +112,11 @@ def test_refit_is_for_weights_without_a_grid():
     assert "leave their grid" in SparseGptConfig(bits=4, group_size=16, refit=2).impossible()
 
 
+def test_a_group_of_scales_holds_whole_groups_of_the_pattern():
+    assert "try 16" in SparseGptConfig(pattern="4:8", bits=4, group_size=12).impossible()
+    assert SparseGptConfig(pattern="4:8", bits=4, group_size=24).impossible() is None
+
+
 def test_ours_orders_groups_for_patterns_only():
     assert SparseGptConfig(pattern="2:4").order == "group-aware" and SparseGptConfig(pattern="2:4").token_clip == 8
     assert SparseGptConfig(sparsity=0.5).order == "none" and SparseGptConfig(sparsity=0.5).token_clip is None
