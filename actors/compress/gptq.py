@@ -59,7 +59,7 @@ class Grid:
         self.bits, self.symmetric, self.search = bits, symmetric, search
         self.group = group_size or len(W_IO)
         self.block = self.group if self.group <= 256 else 128
-        self.micro = 4
+        self.micro = 16
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor] = []
         self.W, self.U = W_IO, U_II

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Inputs, PruningConfig, Solution, parse_pattern
-from .masks import keep_n_of_m, keep_top, masked
+from .masks import keep_n_of_m, keep_top, kth_smallest, masked
 
 
 class MagnitudeConfig(PruningConfig):
@@ -44,7 +44,7 @@ class GlobalThreshold:
         # A histogram refined twice would save memory on huge models; one flat copy of |w| in float32 is simpler and exact.
         scores = torch.cat([m.weight.detach().abs().float().reshape(-1).cpu() for m in linears.values()])
         drop = max(1, int(scores.numel() * sparsity))
-        self.limit = scores.kthvalue(drop).values
+        self.limit = kth_smallest(scores, drop)[0]
         spare = drop - int((scores < self.limit).sum())
         del scores
         self.spare: dict[str, int] = {}

@@ -72,7 +72,7 @@ class Prune(Grid):
     def __init__(self, W_IO: Tensor, U_II: Tensor, config: SparseGptConfig, outs: list[int]) -> None:
         super().__init__(W_IO, U_II, config.bits or 0, config.group_size, config.symmetric, search=0)
         self.outs, self.sparsity, self.nm = outs, config.sparsity, parse_pattern(config.pattern)
-        self.micro = self.nm[1] if self.nm else 4
+        self.micro = self.nm[1] if self.nm else 16
         if not (config.bits and config.group_size and self.group <= 256):
             self.block = max(config.block // self.micro, 1) * self.micro
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def clip_tokens(X_BTI: Tensor, limit: float | None) -> Tensor:
     """
     if limit is None:
         return X_BTI
-    energy_BT = X_BTI.square().sum(-1)
+    energy_BT = torch.linalg.vector_norm(X_BTI, dim=-1).square_()
     median_B1 = energy_BT.median(-1, keepdim=True).values
     tiny = torch.finfo(torch.float32).tiny
     weight_BT = torch.where(median_B1 > 0, limit * median_B1 / energy_BT.clamp_min(tiny), 1.0).clamp_(max=1.0).sqrt_()
@@ -33,16 +33,19 @@ def clip_tokens(X_BTI: Tensor, limit: float | None) -> Tensor:
 
 
 def gram(X_TI: Tensor) -> Tensor:
-    """X'X [I, I]; on a CPU only the lower blocks are multiplied out, 36/64 of the work."""
-    I = X_TI.shape[1]
-    if X_TI.device.type != "cpu" or I < 256:
+    """X'X [I, I] float32. On a CPU by NumPy, which knows that the result is symmetric (BLAS ``syrk``: half the work); torch does not."""
+    if X_TI.device.type != "cpu":
         return X_TI.T @ X_TI
-    H_II = X_TI.new_empty(I, I)
-    cuts = [I * k // 8 for k in range(9)]
-    for low, high in itertools.pairwise(cuts):
-        H_II[low:high, :high] = X_TI[:, low:high].T @ X_TI[:, :high]
-        H_II[:low, low:high] = H_II[low:high, :low].T
-    return H_II
+    X = X_TI.numpy()
+    return torch.from_numpy(X.T @ X)
+
+
+@functools.lru_cache(maxsize=2)
+def signs(tokens: int, chunk: int, device: torch.device) -> Tensor:
+    """float32 [tokens, SKETCH] of random signs, the same for every layer and method."""
+    generator = torch.Generator().manual_seed(chunk)
+    bits = torch.randint(0, 2, (tokens, SKETCH), generator=generator, dtype=torch.int8)
+    return bits.to(device).float().mul_(2).sub_(1)
 
 
 class Statistics:
@@ -56,15 +59,7 @@ class Statistics:
     def add(self, X: Tensor) -> None:
         """``X`` [..., I] in any float type. CellError naming the layer if it is not finite."""
         X_TI = X.detach().float().reshape(-1, X.shape[-1])
-        generator = torch.Generator().manual_seed(self.chunks)
-        signs_TK = (
-            torch.randint(0, 2, (len(X_TI), SKETCH), generator=generator, dtype=torch.int8)
-            .to(X_TI.device)
-            .float()
-            .mul_(2)
-            .sub_(1)
-        )
-        self._sum("sketch", X_TI.T @ signs_TK)
+        self._sum("sketch", X_TI.T @ signs(len(X_TI), self.chunks, X_TI.device))
         if not bool(torch.isfinite(self.values["sketch"]).all()):  # every entry of X is in it
             raise CellError(f"{self.name}: its input is not finite on the calibration set")
         X_TI = clip_tokens(X_TI.view(X.shape), self.token_clip).view(X_TI.shape)
