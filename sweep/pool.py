@@ -14,8 +14,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-#: A free worker waits so long for a cell of its own model before it takes another model's. A load costs more than that.
-AFFINITY_WAIT_S = 2.0
+#: A free worker waits so long for a cell of its own model before it takes another model's. Tune may need seconds to bring
+#: one; a load costs more than that.
+AFFINITY_WAIT_S = 5.0
 #: A cell that waits for a worker looks again so often.
 POLL_S = 0.3
 #: Stage of a worker that has a cell and has not said anything about it.
