@@ -10,7 +10,7 @@ from torch import Tensor
 def kth_smallest(score: Tensor, k: int) -> Tensor:
     """The ``k``-th smallest (from 1) along the last dimension, kept with length 1. NumPy's selection is twice as fast on a CPU."""
     if score.device.type == "cpu":
-        return torch.from_numpy(np.partition(score.numpy(), k - 1)[..., k - 1 : k])
+        return torch.from_numpy(np.partition(score.numpy(), k - 1)[..., [k - 1]])  # a copy: a view would keep all scores
     return score.kthvalue(k, dim=-1, keepdim=True).values
 
 

@@ -74,7 +74,7 @@ class Prune(Grid):
         self.outs, self.sparsity, self.nm = outs, config.sparsity, parse_pattern(config.pattern)
         self.micro = self.nm[1] if self.nm else 16
         if not (config.bits and config.group_size and self.group <= 256):
-            self.block = max(config.block // self.micro, 1) * self.micro
+            self.block = max(config.block // self.micro, 1) * self.micro if self.nm else config.block
 
     def begin_block(self, W_BO: Tensor, diag_B: Tensor, start: int) -> None:
         self.keep = torch.ones_like(W_BO)
