@@ -14,8 +14,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-#: A free worker waits so long for a cell of its own model before it takes another model's. Tune may need seconds to bring
-#: one; a load costs more than that.
+#: A free worker waits so long for a cell of its own model before it takes another model's. A large model's load costs more.
 AFFINITY_WAIT_S = 5.0
 #: A cell that waits for a worker looks again so often.
 POLL_S = 0.3

@@ -184,21 +184,28 @@ def test_a_damaged_part_is_computed_again(tiny, tmp_path):
     assert starts[key] == 2 and sum(starts.values()) == CELLS + 1
 
 
-def test_two_models_two_workers_two_loads(tiny_pair, tmp_path):
+def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path):
+    """Two models, two workers, two loads; a third only by a worker whose own model is finished."""
     sweep = Sweep(tiny_pair[0], tmp_path, 0.2)
     sweep.yaml.write_text(json.dumps(sweep_dict(tiny_pair, sweep.results)))
     code, outcome, err = sweep.finish()
     assert code == 0 and outcome["done"] == 2 * CELLS, err
-    loads = [line for line in sweep.lines() if line[0] == "load"]
-    assert len(loads) == 2, loads
-    dense = {r["key"] for r in load_results(sweep.results).rows("select key from cells where method = 'dense'")}
+    rows = load_results(sweep.results).rows("select key, model, method from cells")
+    models = {r["key"]: r["model"] for r in rows}
+    dense = {r["key"] for r in rows if r["method"] == "dense"}
     done: set[str] = set()
-    models = {r["key"]: r["model"] for r in load_results(sweep.results).rows("select key, model from cells")}
-    for word, key, *_ in sweep.lines():  # no cell is evaluated before its model's dense cell is done
-        if word == "start" and key not in dense:
+    finished: Counter[str] = Counter()
+    holds: dict[str, str] = {}
+    for word, key, worker, at in sweep.lines():
+        if word == "load":
+            assert worker not in holds or finished[holds[worker]] == CELLS, (at, sweep.lines())
+            holds[worker] = models[key]
+        if word == "start" and key not in dense:  # no cell is evaluated before its model's dense cell is done
             assert any(models[d] == models[key] for d in dense & done), key
         if word == "done":
             done.add(key)
+            finished[models[key]] += 1
+    assert 2 <= sum(line[0] == "load" for line in sweep.lines()) <= 3 and len(holds) == 2
 
 
 @pytest.fixture
