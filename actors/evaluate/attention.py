@@ -1,6 +1,8 @@
-"""Attention over a pack, in blocks: tokens of different prompts that cannot see each other are not multiplied either.
+"""Attention over a pack in blocks, and over a padded batch.
 
-A pack's mask is mostly zero. Its queries are cut into blocks, and each block meets only the keys that some token of it may see.
+A pack's mask is mostly zero: tokens of different prompts that cannot see each other need not be multiplied either. Its queries are
+cut into blocks, and each block meets only the keys that some token of it may see. A batch may be padded to a fixed number of rows
+(see ``generate.py``); only its first rows have keys and values.
 
 Legend: B batch, H heads, T queries, N keys, D head size.
 """
@@ -18,11 +20,12 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 #: Queries of a block: fewer meet fewer keys, more make larger products.
 BLOCK = 64
-_NAME = "comptrust_blocks"
-_blocks: Sequence[tuple[int, int, torch.Tensor]] = ()
+_BLOCKS, _ROWS = "comptrust_blocks", "comptrust_rows"
+Plan = Sequence[tuple[int, int, torch.Tensor]]
+_plan: Any = None
 
 
-def blocks(seen_TN: np.ndarray, device: torch.device) -> list[tuple[int, int, torch.Tensor]]:
+def blocks(seen_TN: np.ndarray, device: torch.device) -> Plan:
     """(first query, last + 1, keys that any of them may see) for each block of ``seen_TN``."""
     out = []
     for start in range(0, len(seen_TN), BLOCK):
@@ -31,21 +34,26 @@ def blocks(seen_TN: np.ndarray, device: torch.device) -> list[tuple[int, int, to
     return out
 
 
+def ours(config: Any) -> bool:
+    """Whether models of ``config`` use torch's scaled dot-product attention, in whose place these functions step."""
+    return config._attn_implementation == "sdpa"
+
+
 @contextmanager
-def in_blocks(config: Any, plan: Sequence[tuple[int, int, torch.Tensor]]) -> Iterator[None]:
-    """Run models of ``config`` with ``plan``, where they use torch's scaled dot-product attention; others run as they are."""
-    global _blocks
-    if config._attn_implementation != "sdpa":
+def attending(config: Any, plan: Plan | int) -> Iterator[None]:
+    """Run models of ``config`` with these blocks, or with keys for so many rows only; those that are not ``ours`` run as they are."""
+    global _plan
+    if not ours(config):
         yield
         return
-    config._attn_implementation, _blocks = _NAME, plan
+    config._attn_implementation, _plan = _ROWS if isinstance(plan, int) else _BLOCKS, plan
     try:
         yield
     finally:
-        config._attn_implementation, _blocks = "sdpa", ()
+        config._attn_implementation, _plan = "sdpa", None
 
 
-def _attend(
+def _in_blocks(
     module: torch.nn.Module,
     query_BHTD: torch.Tensor,
     key_BHND: torch.Tensor,
@@ -55,11 +63,11 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if attention_mask is None or not _blocks:
+    if attention_mask is None:
         return sdpa_attention_forward(module, query_BHTD, key_BHND, value_BHND, attention_mask, dropout, scaling, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
     out = []
-    for start, end, keys in _blocks:
+    for start, end, keys in _plan:
         out.append(
             torch.nn.functional.scaled_dot_product_attention(
                 query_BHTD[:, :, start:end],
@@ -72,4 +80,17 @@ def _attend(
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_NAME, _attend)
+def _in_rows(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_RHND: torch.Tensor,
+    value_RHND: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    out_RTHD, _ = sdpa_attention_forward(module, query_BHTD[:_plan], key_RHND, value_RHND, *args, **kwargs)
+    return torch.cat([out_RTHD, out_RTHD.new_zeros((len(query_BHTD) - _plan, *out_RTHD.shape[1:]))]), None
+
+
+AttentionInterface.register(_BLOCKS, _in_blocks)
+AttentionInterface.register(_ROWS, _in_rows)

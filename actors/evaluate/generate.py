@@ -4,6 +4,10 @@ Prefill runs in packs without padding (``packing.py``); in decoding, rows that e
 take the largest logit. Sampled answers take argmax(logit / temperature + Gumbel noise), an exact draw from the softmax
 (Gumbel-max), the noise being a pure function of (seed, item, sample, step): no batch, order or device changes it, and a compressed
 model meets the same noise as its dense one, which makes their comparison sharper.
+
+In 16-bit types rounding decides many answers, and it depends on the shapes of the matrix products. So shapes do not depend on the
+batch size: packs hold so many tokens whatever it is, a decoding step computes so many rows, of which the batch fills the first,
+and rows begin at slot 0 of keys and values whose number is rounded up.
 """
 
 from __future__ import annotations
@@ -18,15 +22,19 @@ import numpy as np
 import torch
 
 from ..errors import CellError
-from .attention import blocks, in_blocks
+from .attention import attending, blocks, ours
 from .packing import Pack, SlotCache, packs
 from .protocol import Decoding
 
 #: Below this difference of the two best scores (nats), rounding may decide: such answers are counted, not trusted to be equal.
 NEAR_TIE = 1e-4
-#: New tokens of a pack: so many for each row of a batch, within these bounds. On a CPU a larger pack loses more in attention
-#: (each token is multiplied with all others of the pack, seen or not) than it gains in the linear layers.
-PACK_TOKENS, PACK_BOUNDS = 32, {"cpu": (64, 256), "cuda": (64, 4096)}
+#: New tokens of a pack, and the least when memory runs out. On a CPU a larger pack loses more in attention (each token is multiplied
+#: with all others of its block) than it gains in the linear layers.
+PACK_TOKENS, LEAST_TOKENS = {"cpu": 256, "cuda": 4096}, 64
+#: Answers decoded at once, and rows of a step in 16-bit types at least: on a GPU they wait for the weights, not for arithmetic.
+BATCH = {"cpu": 32, "cuda": 128}
+#: Slots of keys and values in use are a multiple of this, so that attention works on whole tiles.
+TILE = 64
 #: Share of a batch that must have ended before its keys and values are moved together and new rows taken in.
 RENEW = 0.25
 #: Memory for keys and values of a batch: bytes on a CPU, share of free memory on a GPU.
@@ -105,7 +113,9 @@ class Generator:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.config = model.config.get_text_config()
         self.device = model.get_input_embeddings().weight.device
-        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 128)
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        self.batch_size, self.pack_tokens = batch_size or BATCH[kind], PACK_TOKENS[kind]
+        self.least_rows = max(self.batch_size, BATCH[kind]) if model.dtype.itemsize == 2 and ours(self.config) else 0
         self.stats = Stats()
         self.limit = getattr(self.config, "max_position_embeddings", None)
         self.ends = _end_tokens(model, tokenizer)
@@ -145,7 +155,7 @@ class Generator:
 
             def begun() -> Iterator[_Row]:
                 """Rows that have their first token and want more, longest prompts of a pack first; packs run as rows are taken."""
-                for sequences, cache, paths, logits_KV in self._prefill(left, [len(s) - 1 for s in left], batch_size):
+                for sequences, cache, paths, logits_KV in self._prefill(left, [len(s) - 1 for s in left]):
                     fresh = [
                         (_Row(slot, prompts[i].id, sample, cache, 0, paths[k]), k)
                         for k, s in enumerate(sequences)
@@ -179,8 +189,8 @@ class Generator:
             # -log(-log(1 - v)) is Gumbel; log1p keeps it exact for the small v that win
             exponential_BV = torch.log1p(-torch.from_numpy(uniform).to(scores_BV.device)).neg_()
             scores_BV = scores_BV / decoding.temperature - exponential_BV.log_()
-        (best_B2, tokens_B2) = scores_BV.topk(2, dim=-1)
-        best, tokens = best_B2.tolist(), tokens_B2[:, 0].tolist()
+        # Equal logits are common in 16-bit types; argmax takes the first of them, as transformers does, topk any.
+        best, tokens = scores_BV.topk(2, dim=-1).values.tolist(), scores_BV.argmax(-1).tolist()
         going = []
         for row, (first, second), token in zip(rows, best, tokens, strict=True):
             if first != first or first == float("inf"):
@@ -204,9 +214,9 @@ class Generator:
 
     def _decode(self, begun: Iterator[_Row], batch_size: int, decoding: Decoding, answers: list[Answer | None]) -> None:
         """Continue all rows to their ends, at most ``batch_size`` at once."""
-        batch: list[_Row] = []  # places in the cache; rows that ended keep theirs until the batch is renewed
+        batch: list[_Row] = []  # rows of the cache; those that ended keep theirs until the batch is renewed
         rows: list[_Row] = []  # those still going
-        cache, filled, lengths_B = SlotCache(capacity=0), 0, torch.empty(0, device=self.device)
+        cache, lengths_B = SlotCache(capacity=0), torch.empty(0, device=self.device)
         next_row = next(begun, None)
         while rows or next_row:
             if len(rows) <= (1 - RENEW) * len(batch):
@@ -214,27 +224,35 @@ class Generator:
                     rows.append(next_row)
                     next_row = next(begun, None)
                 batch = list(rows)
-                cache = SlotCache.gather([(r.cache, r.row, r.path) for r in rows], decoding.max_new_tokens)
-                filled = max(len(r.path) for r in rows)
+                capacity = _tiles(max(len(r.path) for r in rows) + decoding.max_new_tokens)
+                cache = SlotCache.gather([(r.cache, r.row, r.path) for r in rows], capacity)
                 lengths_B = torch.tensor([len(r.path) for r in rows], device=self.device)
                 for i, r in enumerate(rows):
-                    r.cache, r.row, r.path = cache, i, np.arange(filled - len(r.path), filled)
+                    r.cache, r.row = cache, i
             start = time.perf_counter()
-            slots_N = torch.arange(filled + 1, device=self.device)
-            logits_B1V = self._forward(
-                torch.tensor([[r.tokens[-1]] for r in batch], device=self.device),
-                lengths_B.unsqueeze(1),
-                (slots_N >= (filled - lengths_B).unsqueeze(1))[:, None, None],
-                (filled - slots_N)[None, None, None],
-                cache,
-                torch.zeros(1, dtype=torch.long, device=self.device),
-            )
-            lengths_B, filled = lengths_B + 1, filled + 1
+            logits_B1V = self._run_step([r.tokens[-1] for r in batch], lengths_B, cache)
+            lengths_B = lengths_B + 1
             for r in rows:
-                r.path = np.append(r.path, filled - 1)
+                r.path = np.arange(len(r.path) + 1)
             self.stats.decode_tokens += len(rows)
             rows = self._step(rows, logits_B1V[[r.row for r in rows], 0], decoding, answers)
             self.stats.decode_s += time.perf_counter() - start
+
+    def _run_step(self, tokens: list[int], lengths_B: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """Logits [B', 1, V], B' >= B, of one more token of each row."""
+        used = _tiles(int(lengths_B.max()) + 1)
+        slots_N = torch.arange(used, device=self.device)
+        padding = max(0, self.least_rows - len(tokens))
+        distance_BN = lengths_B.unsqueeze(1) - slots_N
+        with attending(self.config, len(tokens)):
+            return self._forward(
+                torch.tensor(tokens + [0] * padding, device=self.device).unsqueeze(1),
+                torch.nn.functional.pad(lengths_B, (0, padding)).unsqueeze(1),
+                (distance_BN >= 0)[:, None, None],
+                distance_BN[:, None, None],
+                cache.at(lengths_B, used),
+                torch.zeros(1, dtype=torch.long, device=self.device),
+            )
 
     def _fits(self, rows: list[_Row], decoding: Decoding) -> bool:
         """Whether the keys and values of these rows, padded to the longest, stay within the memory set aside; one row always does."""
@@ -242,7 +260,7 @@ class Generator:
             limit = GPU_KEYS_VALUES * torch.cuda.mem_get_info(self.device)[0]
         else:
             limit = CPU_KEYS_VALUES
-        slots = max(len(r.path) for r in rows) + decoding.max_new_tokens
+        slots = _tiles(max(len(r.path) for r in rows) + decoding.max_new_tokens)
         return len(rows) == 1 or len(rows) * slots * rows[-1].cache.bytes_a_slot <= limit
 
     # -- likelihoods --------------------------------------------------------------------------------------------------
@@ -265,7 +283,7 @@ class Generator:
         def run(batch_size: int) -> None:
             left = [s for s, members in of.items() if results[members[0]] is None]
             first = [len(s) - max(len(targets[i]) for i in of[s]) for s in left]
-            for sequences, _, _, logits_KV in self._prefill(left, first, batch_size, every=True):
+            for sequences, _, _, logits_KV in self._prefill(left, first, every=True):
                 start = 0
                 for s in sequences:
                     width = max(len(targets[i]) for i in of[s])
@@ -281,12 +299,11 @@ class Generator:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def _prefill(
-        self, sequences: Sequence[tuple[int, ...]], first: Sequence[int], batch_size: int, every: bool = False
+        self, sequences: Sequence[tuple[int, ...]], first: Sequence[int], every: bool = False
     ) -> Iterator[tuple[list[tuple[int, ...]], SlotCache, list[np.ndarray], torch.Tensor]]:
         """(sequences, cache, slots of each sequence, logits [K, V] of the last position each; ``every``: from ``first`` on)."""
         before: SlotCache | None = None
-        low, high = PACK_BOUNDS["cpu" if self.device.type == "cpu" else "cuda"]
-        for pack in packs(sequences, first, min(high, max(low, PACK_TOKENS * batch_size))):
+        for pack in packs(sequences, first, self.pack_tokens):
             start = time.perf_counter()
             base = len(pack.base)
             before = cache = SlotCache.extend(before, pack.base, base + pack.size)
@@ -302,7 +319,7 @@ class Generator:
         positions_T = torch.tensor(pack.positions, device=self.device)
         positions_S = torch.cat([torch.arange(base, device=self.device), positions_T])
         mask_TS = pack.mask_TS()
-        with in_blocks(self.config, blocks(mask_TS, self.device)):
+        with attending(self.config, blocks(mask_TS, self.device)):
             return self._forward(
                 torch.tensor([pack.tokens], device=self.device),
                 positions_T.unsqueeze(0),
@@ -343,7 +360,7 @@ class Generator:
         ).logits
 
     def _within_memory(self, run: Callable[[int], None]) -> None:
-        """Run with half the batch each time memory runs out; what is finished stays finished."""
+        """Run with half the batch and packs half as large each time memory runs out; what is finished stays finished."""
         # Not accelerate's find_executable_batch_size itself: it collects garbage at every call, which costs more than a task.
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -351,10 +368,15 @@ class Generator:
             try:
                 return run(self.batch_size)
             except RuntimeError as e:
-                if self.batch_size == 1 or not should_reduce_batch_size(e):
+                smallest = self.batch_size == 1 and self.pack_tokens <= LEAST_TOKENS
+                if smallest or not should_reduce_batch_size(e):
                     raise
-            self.batch_size //= 2
+            self.batch_size, self.pack_tokens = max(1, self.batch_size // 2), max(LEAST_TOKENS, self.pack_tokens // 2)
             clear_device_cache(garbage_collection=True)
+
+
+def _tiles(slots: int) -> int:
+    return -(-slots // TILE) * TILE
 
 
 def _likelihood(logits_KV: torch.Tensor, targets: tuple[int, ...]) -> Likelihood:

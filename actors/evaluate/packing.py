@@ -77,8 +77,20 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return int(differ.argmax()) if differ.any() else n
 
 
+@dataclass
+class Ends:
+    """Decoding: where each row's next token goes, and how many slots are in use. One for all layers of a cache."""
+
+    lengths_B: torch.Tensor
+    used: int
+
+
 class Slots(CacheLayerMixin):
-    """Keys and values of one layer, [B, H, N, D], in memory taken once: ``update`` writes behind the first ``filled`` slots."""
+    """Keys and values of one layer, [B, H, N, D], in memory taken once.
+
+    ``update`` writes behind the first ``filled`` slots; with ``ends``, one token behind the end of each row, and tokens of
+    rows beyond B are dropped.
+    """
 
     is_sliding = False
 
@@ -88,6 +100,7 @@ class Slots(CacheLayerMixin):
         super().__init__()
         self.capacity, self.keys, self.values, self.filled = capacity, keys, values, filled
         self.is_initialized = keys is not None
+        self.ends: Ends | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         rows, heads, _, size = key_states.shape
@@ -100,6 +113,11 @@ class Slots(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.ends:
+            rows_B = torch.arange(len(self.keys), device=self.keys.device)
+            self.keys[rows_B, :, self.ends.lengths_B] = key_states[: len(rows_B), :, 0]
+            self.values[rows_B, :, self.ends.lengths_B] = value_states[: len(rows_B), :, 0]
+            return self.keys[:, :, : self.ends.used], self.values[:, :, : self.ends.used]
         start, self.filled = self.filled, self.filled + key_states.shape[2]
         self.keys[:, :, start : self.filled] = key_states
         self.values[:, :, start : self.filled] = value_states
@@ -132,23 +150,29 @@ class SlotCache(Cache):
         """One row that begins with ``slots`` of ``source`` and has room for ``capacity`` in all."""
         if source is None or not len(slots):
             return cls(capacity=capacity)
-        return cls.gather([(source, 0, slots)], capacity - len(slots))
+        return cls.gather([(source, 0, slots)], capacity)
 
     @classmethod
-    def gather(cls, rows: Sequence[tuple[SlotCache, int, np.ndarray]], room: int) -> SlotCache:
-        """A batch of (source, its row, its slots), each right-aligned; ``room`` more slots follow. Padding is zero."""
+    def gather(cls, rows: Sequence[tuple[SlotCache, int, np.ndarray]], capacity: int) -> SlotCache:
+        """A batch of (source, its row, its slots), each at the beginning of ``capacity`` slots. The rest is zero."""
         longest, layers = max(len(slots) for *_, slots in rows), []
         for i, like in enumerate(rows[0][0].layers):
             heads = like.keys.shape[1]
-            keys = like.keys.new_empty((len(rows), heads, longest + room, like.keys.shape[3]))
-            values = like.values.new_empty((len(rows), heads, longest + room, like.values.shape[3]))
+            keys = like.keys.new_zeros((len(rows), heads, capacity, like.keys.shape[3]))  # masked, but 0 x NaN is NaN
+            values = like.values.new_zeros((len(rows), heads, capacity, like.values.shape[3]))
             for r, (source, row, slots) in enumerate(rows):
-                index, pad = torch.from_numpy(slots).to(keys.device), longest - len(slots)
-                for target, origin in ((keys, source.layers[i].keys), (values, source.layers[i].values)):
-                    target[r, :, :pad] = 0  # masked, but 0 x NaN is NaN
-                    target[r, :, pad:longest] = origin[row].index_select(1, index)
-            layers.append(Slots(longest + room, keys, values, longest))
+                index = torch.from_numpy(slots).to(keys.device)
+                keys[r, :, : len(slots)] = source.layers[i].keys[row].index_select(1, index)
+                values[r, :, : len(slots)] = source.layers[i].values[row].index_select(1, index)
+            layers.append(Slots(capacity, keys, values, longest))
         return cls(layers)
+
+    def at(self, lengths_B: torch.Tensor, used: int) -> SlotCache:
+        """The same cache, whose next token goes behind slot ``lengths_B`` of each row."""
+        ends = Ends(lengths_B, used)
+        for layer in self.layers:
+            layer.ends = ends
+        return self
 
     @property
     def bytes_a_slot(self) -> int:

@@ -107,6 +107,31 @@ def test_batch_size_and_company_change_nothing(decoding):
             assert a.tokens == b.tokens or a.margin < NEAR_TIE
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(k, torch.bfloat16) for k in ("llama", "mistral", "gemma2", "qwen2", "gpt2")] + [("llama", torch.float16)],
+)
+def test_sixteen_bits_give_equal_answers_at_any_batch_size(kind, dtype):
+    """Bit for bit, margins and likelihoods too: rounding depends on shapes, and shapes do not depend on the batch size."""
+    model, asked = make(kind).to(dtype), prompts(40, 1)
+    for decoding in (Decoding(12), Decoding(12, samples=2, temperature=1.0)):
+        one, *others = (Generator(model, Numbers(), batch_size=b).generate(asked, decoding) for b in (1, 4, 16))
+        assert all(other == one for other in others)
+    pairs = [(p.tokens, end) for p in asked for end in ((9,), (11, 12))]
+    one, *others = (Generator(model, batch_size=b).score(pairs) for b in (1, 4, 16))
+    assert all(other == one for other in others)
+
+
+def test_the_first_of_equal_logits_is_taken():
+    model, asked = make("llama"), prompts()
+    with torch.no_grad():
+        model.lm_head.weight[9::2] = model.lm_head.weight[8:-1:2]
+    for prompt, answer in zip(asked, Generator(model, Numbers(), batch_size=4).generate(asked, Decoding(12)), strict=True):
+        ids = torch.tensor([prompt.tokens])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert answer.margin == 0 and list(answer.tokens) == expected[0, len(prompt.tokens) :].tolist()[: len(answer.tokens)]
+
+
 def test_sampling_draws_from_the_softmax():
     model, prompt, n = make("llama"), prompts()[0].tokens, 4000
     with torch.no_grad():
