@@ -2,7 +2,7 @@
 
 A pack's mask is mostly zero: tokens of different prompts that cannot see each other need not be multiplied either. Its queries are
 cut into blocks, and each block meets only the keys that some token of it may see. A batch may be padded to a fixed number of rows
-(see ``generate.py``); only its first rows have keys and values.
+(see ``generate.py``) by copies of its first; only the rows before these have keys and values.
 
 Legend: B batch, H heads, T queries, N keys, D head size.
 """
@@ -89,7 +89,7 @@ def _in_rows(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     out_RTHD, _ = sdpa_attention_forward(module, query_BHTD[:_plan], key_RHND, value_RHND, *args, **kwargs)
-    return torch.cat([out_RTHD, out_RTHD.new_zeros((len(query_BHTD) - _plan, *out_RTHD.shape[1:]))]), None
+    return torch.cat([out_RTHD, out_RTHD[:1].expand(len(query_BHTD) - _plan, -1, -1, -1)]), None
 
 
 AttentionInterface.register(_BLOCKS, _in_blocks)

@@ -239,15 +239,15 @@ class Generator:
             self.stats.decode_s += time.perf_counter() - start
 
     def _run_step(self, tokens: list[int], lengths_B: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-        """Logits [B', 1, V], B' >= B, of one more token of each row."""
+        """Logits [B', 1, V], B' >= B, of one more token of each row; copies of the first row stand behind them."""
         used = _tiles(int(lengths_B.max()) + 1)
         slots_N = torch.arange(used, device=self.device)
         padding = max(0, self.least_rows - len(tokens))
         distance_BN = lengths_B.unsqueeze(1) - slots_N
         with attending(self.config, len(tokens)):
             return self._forward(
-                torch.tensor(tokens + [0] * padding, device=self.device).unsqueeze(1),
-                torch.nn.functional.pad(lengths_B, (0, padding)).unsqueeze(1),
+                torch.tensor(tokens + tokens[:1] * padding, device=self.device).unsqueeze(1),
+                torch.cat([lengths_B, lengths_B[:1].expand(padding)]).unsqueeze(1),
                 (distance_BN >= 0)[:, None, None],
                 distance_BN[:, None, None],
                 cache.at(lengths_B, used),

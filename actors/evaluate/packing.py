@@ -89,7 +89,7 @@ class Slots(CacheLayerMixin):
     """Keys and values of one layer, [B, H, N, D], in memory taken once.
 
     ``update`` writes behind the first ``filled`` slots; with ``ends``, one token behind the end of each row, and tokens of
-    rows beyond B are dropped.
+    rows beyond B (copies) are dropped.
     """
 
     is_sliding = False
@@ -115,8 +115,9 @@ class Slots(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.ends:
             rows_B = torch.arange(len(self.keys), device=self.keys.device)
-            self.keys[rows_B, :, self.ends.lengths_B] = key_states[: len(rows_B), :, 0]
-            self.values[rows_B, :, self.ends.lengths_B] = value_states[: len(rows_B), :, 0]
+            ends_B = self.ends.lengths_B.to(self.keys.device)  # layers may lie on several devices
+            self.keys[rows_B, :, ends_B] = key_states[: len(rows_B), :, 0]
+            self.values[rows_B, :, ends_B] = value_states[: len(rows_B), :, 0]
             return self.keys[:, :, : self.ends.used], self.values[:, :, : self.ends.used]
         start, self.filled = self.filled, self.filled + key_states.shape[2]
         self.keys[:, :, start : self.filled] = key_states
