@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: A free worker waits so long for a cell of its own model before it takes another model's. A large model's load costs more.
-AFFINITY_WAIT_S = 5.0
+AFFINITY_WAIT_S = 2.0
 #: A cell that waits for a worker looks again so often.
 POLL_S = 0.3
 #: Stage of a worker that has a cell and has not said anything about it.
