@@ -5,8 +5,8 @@ take the largest logit. Sampled answers take argmax(logit / temperature + Gumbel
 (Gumbel-max), the noise being a pure function of (seed, item, sample, step): no batch, order or device changes it, and a compressed
 model meets the same noise as its dense one, which makes their comparison sharper.
 
-In 16-bit types rounding decides many answers, and it depends on the shapes of the matrix products. So shapes do not depend on the
-batch size: packs hold so many tokens whatever it is, a decoding step computes so many rows, of which the batch fills the first,
+In 16-bit types rounding decides many answers, and it depends on the shapes of the matrix products. So those shapes do not depend
+on the batch size: packs hold so many tokens whatever it is, a decoding step computes so many rows, of which the batch fills the first,
 and rows begin at slot 0 of keys and values whose number is rounded up.
 """
 
