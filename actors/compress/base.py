@@ -38,14 +38,25 @@ class MethodConfig(BaseModel):
     @model_validator(mode="after")
     def _overrides_are_parameters(self) -> MethodConfig:
         for glob, params in self.overrides.items():
-            if bad := set(params) - set(type(self).model_fields) | set(params) & {"skip", "overrides"}:
+            if bad := set(params) - set(type(self).model_fields) | set(params) & ({"skip", "overrides"} | self.of_the_whole_cell()):
                 raise ValueError(f"overrides[{glob!r}] holds {sorted(bad)}, which this method does not take per layer")
             self.merged(params)
         return self
 
+    def of_the_whole_cell(self) -> set[str]:
+        """Parameters that no override may change: they are read once for all layers."""
+        return set()
+
     def merged(self, params: Mapping[str, Any]) -> MethodConfig:
-        """This configuration with ``params`` changed, validated again."""
-        return type(self).model_validate(self.model_dump(exclude_unset=True, exclude={"skip", "overrides"}) | dict(params))
+        """This configuration with ``params`` changed, validated again.
+
+        Values that follow from others are derived anew, whether they were written out (as in the JSON of a cell) or not.
+        """
+        values = self.model_dump(exclude={"skip", "overrides"})
+        validate = type(self).model_validate
+        given = {k for k, v in values.items() if getattr(validate({o: values[o] for o in values if o != k}), k) != v}
+        kept = given | self.of_the_whole_cell()
+        return validate({k: v for k, v in values.items() if k in kept} | dict(params))
 
     def for_layer(self, name: str) -> MethodConfig | None:
         """The parameters that hold for one linear; None where it stays dense. Later overrides win."""

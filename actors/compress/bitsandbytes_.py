@@ -26,6 +26,9 @@ class LlmInt8Config(MethodConfig):
     bits: Literal[2, 3, 4, 8] = Field(default=8, description="only 8 exists")
     threshold: float = Field(default=6.0, ge=0, description="input columns with a larger entry stay in 16 bit; 0: none do")
 
+    def of_the_whole_cell(self) -> set[str]:
+        return {"threshold"}  # a checkpoint holds one
+
     def impossible(self) -> str | None:
         return None if self.bits == 8 else f"LLM.int8 has 8 bits, not {self.bits}"
 

@@ -20,6 +20,9 @@ class MagnitudeConfig(PruningConfig):
         default="layer", description="where the sparsity holds; a pattern is always per row"
     )
 
+    def of_the_whole_cell(self) -> set[str]:
+        return {"scope", "sparsity", "pattern"} if self.scope == "global" else {"scope"}
+
 
 def solve(W_OI: Tensor, inputs: Inputs, config: MagnitudeConfig) -> Solution:
     nm = parse_pattern(config.pattern)

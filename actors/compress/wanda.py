@@ -24,6 +24,9 @@ class ScoredConfig(PruningConfig):
         description="score a whole block on its dense inputs, as published; otherwise each layer on its inputs after pruning",
     )
 
+    def of_the_whole_cell(self) -> set[str]:
+        return {"dense_inputs"}
+
 
 class WandaConfig(ScoredConfig):
     variant: Literal["comptrust", "reference"] = Field(default="comptrust", description="sets the default of `dense_inputs`")
@@ -36,6 +39,9 @@ class WandaConfig(ScoredConfig):
         ours = values.get("variant", "comptrust") == "comptrust"
         unstructured = values.get("pattern") in (None, "unstructured")
         return ({"dense_inputs": False} if ours and unstructured else {}) | values
+
+    def of_the_whole_cell(self) -> set[str]:
+        return {"variant", *super().of_the_whole_cell()}
 
 
 def prune(score_OI: Tensor, sparsity: float, nm: tuple[int, int] | None) -> Tensor:

@@ -203,11 +203,46 @@ def test_skip_and_overrides_go_by_layer(llama, tokens):
     assert done.stored["model.layers.0.mlp.down_proj"].codes.abs().max() > 8
 
 
-def test_overrides_are_checked_like_parameters():
-    with pytest.raises(BadInput, match="skip"):
-        check("gptq", {"overrides": {"*": {"skip": ["x"]}}})
-    with pytest.raises(BadInput):
-        check("gptq", {"overrides": {"*": {"bits": 5}}})
+@pytest.mark.parametrize(
+    ("method", "base", "changed"),
+    [
+        ("sparsegpt", {}, {"pattern": "2:4"}),
+        ("sparsegpt", {}, {"bits": 4, "group_size": 32}),
+        ("sparsegpt", {}, {"variant": "reference"}),
+        ("wanda", {}, {"pattern": "1:4"}),
+        ("gptq", {"group_size": 32}, {"variant": "reference"}),
+        ("magnitude", {"scope": "row"}, {"pattern": "4:8"}),
+    ],
+)
+def test_an_override_means_the_same_however_its_base_is_written(llama, tokens, method, base, changed):
+    """Its values bring their own defaults, also where the base has every default written out, as a cell's JSON has."""
+    params = {**base, "overrides": {"*.q_proj": changed}}
+    plain, filled = (compress(llama, method, p, tokens) for p in (params, check(method, params)))
+    for (name, a), b in zip(plain.model.named_parameters(), filled.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    first = "model.layers.0.self_attn.q_proj"
+    alone = compress(llama, method, {**base, **changed} | ({"dense_inputs": False} if method == "wanda" else {}), tokens)
+    assert torch.equal(plain.model.get_submodule(first).weight, alone.model.get_submodule(first).weight)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("gptq", {"overrides": {"*": {"skip": ["x"]}}}),
+        ("gptq", {"overrides": {"*": {"bits": 5}}}),
+        ("wanda", {"overrides": {"*": {"dense_inputs": True}}}),
+        ("wanda", {"overrides": {"*": {"variant": "reference"}}}),
+        ("gblm", {"overrides": {"*": {"dense_inputs": False}}}),
+        ("magnitude", {"overrides": {"*": {"scope": "global"}}}),
+        ("magnitude", {"scope": "global", "overrides": {"*": {"sparsity": 0.1}}}),
+        ("magnitude", {"scope": "global", "overrides": {"*": {"pattern": "2:4"}}}),
+        ("llm_int8", {"overrides": {"*": {"threshold": 5}}}),
+    ],
+)
+def test_overrides_are_checked_like_parameters_and_leave_the_whole_cell_alone(method, params):
+    *_, changed = params["overrides"]["*"]
+    with pytest.raises(BadInput, match=changed if method != "gptq" else "skip|5"):
+        check(method, params)
 
 
 def test_layer_errors_are_output_errors(llama, tokens):
