@@ -103,23 +103,20 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
         return why
     if model_config is None:
         return None
+    shapes = _canonical(model_config)
+    if method != "dense" and (library := _quantised_by(shapes)):
+        return f"the model is quantised already ({library}): give the dense one it was made from"
     try:
-        linears = _linears(_canonical(model_config))
+        linears = _linears(shapes)
     except BadInput as e:
         return str(BadInput(e.problem, fix=e.fix))
-    for name, inputs in linears:
-        layer = config.for_layer(name)
-        if layer is not None and (why := layer.impossible() or layer.misfit(name, inputs)):
-            return why
-    return None
+    return config.unfit(linears)
 
 
 def required_tokens(method: str, params: Mapping[str, Any], model_config: Any) -> int:
     """Calibration tokens (samples x seqlen) this method needs at least on this model; 0 if it needs none. Reads no weights."""
     spec, config = _config(method, params, "")
-    if not spec.needs_calibration:
-        return 0
-    return spec.min_tokens(config, max(inputs for _, inputs in _linears(_canonical(model_config))))
+    return spec.least_tokens(config, _linears(_canonical(model_config))) if spec.needs_calibration else 0
 
 
 def compress(
@@ -170,9 +167,15 @@ def _canonical(model_config: Any) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
+def _quantised_by(config_json: str) -> str | None:
+    """Whose format the weights are in; None if they load as dense ones."""
+    found = json.loads(config_json).get("quantization_config")
+    return None if not found or found.get("dequantize") else found.get("quant_method", "in a format without a name")
+
+
 @functools.lru_cache(maxsize=32)
-def _linears(config_json: str) -> tuple[tuple[str, int], ...]:
-    """(name, inputs) of every linear that would be compressed, from a model without weights."""
+def _linears(config_json: str) -> Mapping[str, int]:
+    """Name -> inputs of every linear that would be compressed, from a model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = json.loads(config_json)
@@ -182,4 +185,4 @@ def _linears(config_json: str) -> tuple[tuple[str, int], ...]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     prefix, blocks = decoder_blocks(model)
-    return tuple((name, m.in_features) for name, m in named_linears(prefix, blocks).items())
+    return {name: m.in_features for name, m in named_linears(prefix, blocks).items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -79,6 +79,21 @@ class MethodConfig(BaseModel):
             fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if inputs % g == 0 and g < group]
             return f"group size {group} does not divide the {inputs} inputs of {name}" + (f" (try {fits[0]})" if fits else "")
         return None
+
+    def unfit(self, linears: Mapping[str, int]) -> str | None:
+        """Why a model with these ``linears`` (name -> inputs) cannot be compressed this way, or None."""
+        for knob, globs in (("skip", self.skip), ("overrides", self.overrides)):
+            for glob in globs:
+                if not fnmatch.filter(linears, glob):
+                    return f"{glob!r} of {knob} matches no layer; one is {next(iter(linears))}"
+        layers = self.compressed(linears)
+        if not layers:
+            return f"skip {list(self.skip)} leaves no layer to compress"
+        return next((why for name, c in layers.items() if (why := c.impossible() or c.misfit(name, linears[name]))), None)
+
+    def compressed(self, linears: Iterable[str]) -> dict[str, MethodConfig]:
+        """The parameters of each of ``linears`` that does not stay dense."""
+        return {name: config for name in linears if (config := self.for_layer(name)) is not None}
 
 
 def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
@@ -214,8 +229,13 @@ class MethodSpec:
     prepare: Any = None
     folds: bool = False  # the method scales inputs and wants the scales folded away
     format: str = "int"  # StoredLinear.format of what has codes
-    #: (config, inputs of the widest linear) -> calibration tokens it needs at least
+    #: (config, inputs of a linear) -> calibration tokens it needs at least
     min_tokens: Callable[[Any, int], int] = lambda config, inputs: 1
+
+    def least_tokens(self, config: MethodConfig, linears: Mapping[str, int]) -> int:
+        """Calibration tokens that the widest compressed one of ``linears`` (name -> inputs) needs; 0 if the method needs none."""
+        layers = config.compressed(linears) if self.needs_calibration else {}
+        return max((self.min_tokens(c, linears[name]) for name, c in layers.items()), default=0)
 
 
 @dataclass

@@ -127,9 +127,11 @@ def run(
 def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Linear], tokens: Tensor | None) -> None:
     """BadInput if ``config`` does not fit these linears, or the tokens are none, of the wrong shape or type, or too few."""
     for name, linear in linears.items():
-        layer = config.for_layer(name)
-        if layer is not None and (why := layer.impossible() or layer.misfit(name, linear.in_features)):
-            raise BadInput(f"{spec.name}: {why}", where="params")
+        if spec.name != "dense" and (not hasattr(linear, "weight") or linear.weight.element_size() < 2):
+            raise BadInput(f"{name} is quantised already", where="model", fix="Give the dense model it was made from")
+    inputs = {name: linear.in_features for name, linear in linears.items()}
+    if why := config.unfit(inputs):
+        raise BadInput(f"{spec.name}: {why}", where="params")
     if not spec.needs_calibration:
         return
     form = "Give int64 token ids [samples, seqlen]"
@@ -137,11 +139,10 @@ def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Line
         raise BadInput(f"{spec.name} needs calibration tokens", where="calibration", fix=form)
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
         raise BadInput(f"calibration tokens are {tokens.dtype} {list(tokens.shape)}", where="calibration", fix=form)
-    widest = max(m.in_features for m in linears.values())
-    need = spec.min_tokens(config, widest)
+    need = spec.least_tokens(config, inputs)
     if (have := tokens.numel()) < need:
         raise BadInput(
-            f"{spec.name} builds a {widest} x {widest} Hessian: it needs {need} calibration tokens or more, not {have}",
+            f"{spec.name} builds a {need} x {need} Hessian: it needs {need} calibration tokens or more, not {have}",
             where="calibration",
             fix=f"Raise samples to {-(-need // tokens.shape[1])} at this sequence length",
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from comptrust.actors.cell import METHODS as CELL_METHODS
 from comptrust.actors.cell import canonical
-from comptrust.actors.compress import METHODS, check, incompatible, required_tokens
+from comptrust.actors.compress import METHODS, check, compress, incompatible, required_tokens
+from comptrust.actors.compress.export import export
 from comptrust.actors.errors import BadInput
+from small_models import make_llama
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,9 @@ def test_variants_fill_in_their_knobs():
             {"group_size": 64, "overrides": {"*.1.mlp.down_proj": {"group_size": 1024}}},
             "1536 inputs of model.layers.1.mlp.down_proj",
         ),
+        ("magnitude", {"skip": ["*.0.mlp.down"]}, "'*.0.mlp.down' of skip matches no layer; one is model.layers.0.self_attn.q_proj"),
+        ("magnitude", {"overrides": {"layers.*": {"sparsity": 0.1}}}, "'layers.*' of overrides matches no layer"),
+        ("magnitude", {"skip": ["*"]}, "skip ['*'] leaves no layer to compress"),
     ],
 )
 def test_impossible_combinations_have_a_reason(config, method, params, says):
@@ -117,3 +123,42 @@ def test_tokens_needed_are_known_without_weights(config):
     assert required_tokens("gptq", {"group_size": 64}, config) == 1536
     assert required_tokens("wanda", {}, config) == 1
     assert required_tokens("rtn", {}, config) == 0
+
+
+@pytest.mark.parametrize("method", ["gptq", "sparsegpt"])
+def test_a_layer_that_stays_dense_needs_no_tokens(method):
+    """down_proj is the widest of this model, and skipped: 64 inputs are left."""
+    model = make_llama()
+    params = {"skip": ["*.down_proj"], **({"group_size": 32} if method == "gptq" else {})}
+    assert required_tokens(method, params, model.config) == 64
+    assert compress(model, method, params, torch.arange(64)[None]).layers
+    with pytest.raises(BadInput, match="64 x 64 Hessian: it needs 64 calibration tokens or more, not 63"):
+        compress(model, method, params, torch.arange(63)[None])
+    with pytest.raises(BadInput, match=r"'\*\.down' of skip matches no layer"):
+        compress(model, method, params | {"skip": ["*.down"]}, torch.arange(64)[None])
+
+
+@pytest.mark.parametrize(
+    ("made", "params", "works"),
+    [
+        ("rtn", {"group_size": 32}, False),
+        ("rtn", {"group_size": 32, "symmetric": False}, True),
+        ("llm_int8", {}, False),
+        ("nf4", {}, False),
+    ],
+)
+def test_a_model_that_is_quantised_already_is_refused_unless_it_loads_dense(tmp_path, made, params, works):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "out"
+    export(compress(make_llama(), made, params), None, folder)
+    config = AutoConfig.from_pretrained(folder)
+    why = incompatible("magnitude", {}, config)
+    assert why is None if works else "quantised already" in why and "dense one" in why
+    assert incompatible("dense", {}, config) is None
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if works:
+        assert compress(model, "magnitude", {}).sparsity_reached == 0.5
+    else:
+        with pytest.raises(BadInput, match="q_proj is quantised already"):
+            compress(model, "magnitude", {})
