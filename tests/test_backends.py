@@ -119,6 +119,8 @@ def test_parameters_are_the_backends_own():
         ("autoawq", "gptq", {}, "no method 'gptq'.*It has: awq"),
         ("autoawq", "awq", {"bits": 3}, "methods.2..bits: 3"),
         ("auto-gptq", "gptq", {"token_clip": 8}, "no parameter 'token_clip'.*It takes: bits, group_size"),
+        ("auto-gptq", "gptq", {"skip": ["*.0.*"]}, r"methods.2..skip: auto-gptq does not take skip, which is .*0"),
+        ("llmcompressor", "wanda", {"overrides": {"*": {"sparsity": 0.1}}}, "methods.2..overrides: .* does not take overrides"),
     ):
         with pytest.raises(BadInput, match=says):
             check(name, method, params, where="methods[2]")

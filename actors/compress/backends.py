@@ -118,6 +118,13 @@ ENGINE = "vllm"
 def check(name: str, method: str, params: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
     """``params`` with the backend's own defaults filled in. BadInput for what it does not know."""
     config = _config(name, method, params, where)
+    for knob in ("skip", "overrides"):
+        if given := getattr(config, knob):
+            raise BadInput(
+                f"{name} does not take {knob}, which is {given!r}",
+                where=f"{where}.{knob}" if where else knob,
+                fix="Leave it out, or take a method of comptrust, which has it",
+            )
     return {k: v for k, v in config.model_dump(mode="json").items() if k not in ("skip", "overrides")}
 
 
