@@ -84,8 +84,9 @@ def test_what_export_writes_is_read_back_bit_for_bit(dense, tmp_path, format, pa
         r = back.stored[name]
         assert (r.bits, r.group_size, r.symmetric, r.group_index) == (s.bits, s.group_size, s.symmetric, None)
     assert back.parameters == made.parameters
-    # Scales of compressed-tensors are float32 in a float32 model, ours are counted as float16.
-    assert back.size_bytes == pytest.approx(made.size_bytes, rel=0.06)
+    # Scales of compressed-tensors are float32 in a float32 model, ours are counted as float16; everything else is counted alike.
+    wider = sum(2 * s.scale.numel() for s in made.stored.values()) if format == "compressed-tensors" else 0
+    assert back.size_bytes == made.size_bytes + wider
 
 
 def test_act_order_is_read_back(dense, tokens, tmp_path):

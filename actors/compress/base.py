@@ -270,5 +270,10 @@ def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, no
     return min(dense, math.ceil(nonzero * bits / 8) + 4 * O * math.ceil(I / 32) + 4 * (O + 1))
 
 
+def zero_bytes(zero_OG: Tensor, bits: float) -> int:
+    """Bytes of zero points, which every layout packs at the width of the codes."""
+    return math.ceil(zero_OG.numel() * bits / 8)
+
+
 def element_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

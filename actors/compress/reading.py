@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CellError
-from .base import Compressed, StoredLinear, element_bytes, packed_bytes
+from .base import Compressed, StoredLinear, element_bytes, packed_bytes, zero_bytes
 from .structure import clone, decoder_blocks, linears_of
 
 #: AWQ's GEMM layout puts output 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles of a word, low first; this undoes it.
@@ -143,7 +143,7 @@ def _stored(name: str, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits
         group_size=None if G == 1 else math.ceil(I / G), group_index=None if ordered else index.to(torch.int32), format="int",
     )  # fmt: skip
     size = packed_bytes(layer.shape, bits=bits, pattern=None, nonzero=O * I) + element_bytes(layer.scale)
-    size += 0 if symmetric else -(-O * G * bits // 8)
+    size += 0 if zero is None else zero_bytes(zero, bits)
     size += 0 if ordered else element_bytes(layer.group_index)
     return replace(layer, size_bytes=size)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Compressed, MethodConfig, PruningConfig, Solution, StoredLinear, element_bytes, packed_bytes
+from .base import Compressed, MethodConfig, PruningConfig, Solution, StoredLinear, element_bytes, packed_bytes, zero_bytes
 from .grid import half_exact
 from .structure import Fold, apply_fold, producer_scale
 
@@ -32,7 +32,8 @@ def put(
     if quantised:
         codes, scale = solution.codes[rows], solution.scale[rows]
         zero = None if solution.zero is None else solution.zero[rows]
-    size += sum(element_bytes(t) for t in (scale, zero, solution.group_index, scale_I) if t is not None)
+    size += sum(element_bytes(t) for t in (scale, solution.group_index, scale_I) if t is not None)
+    size += 0 if zero is None else zero_bytes(zero, bits)
     stored = StoredLinear(
         name,
         tuple(W_OI.shape),
