@@ -73,15 +73,24 @@ class Prune(Grid):
         super().__init__(W_IO, U_II, config.bits or 0, config.group_size, config.symmetric, search=0)
         self.outs, self.sparsity, self.nm = outs, config.sparsity, parse_pattern(config.pattern)
         self.micro = self.nm[1] if self.nm else 16
-        if not (config.bits and config.group_size and self.group <= 256):
-            self.block = max(config.block // self.micro, 1) * self.micro if self.nm else config.block
+        self.block = min(config.block, self.group)
+        if self.nm:
+            self.block = max(self.block // self.micro, 1) * self.micro
+        self.wide = config.block // self.group * self.group  # as many whole groups as fit: what a mask reaches over
+        self.masked = 0  # rows whose mask is chosen
 
     def begin_block(self, W_BO: Tensor, diag_B: Tensor, start: int) -> None:
-        self.keep = torch.ones_like(W_BO)
-        if not self.nm:
-            score = (W_BO / diag_B[:, None]).square_()
+        if self.nm:
+            self.keep = torch.ones_like(W_BO)
+        elif start < self.masked:
+            self.keep = self.keep[self.block :]
+        else:
+            rows = slice(start, start + max(self.wide, len(W_BO)))
+            score = (self.W[rows] / self.U.diagonal()[rows, None]).square_()
+            self.keep = torch.ones_like(score)
             for s, k in zip(score.split(self.outs, 1), self.keep.split(self.outs, 1), strict=True):
                 k.copy_(keep_top(s.reshape(-1), int(s.numel() * self.sparsity)).view(s.shape))
+            self.masked = start + len(score)
         if self.bits:
             super().begin_block(W_BO, diag_B, start)
 
