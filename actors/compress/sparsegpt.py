@@ -60,10 +60,23 @@ class SparseGptConfig(PruningConfig):
             return f"group size {self.group_size} without bits: pruned weights that are not quantised have no scales"
         if self.refit and self.bits:
             return f"refit {self.refit} with {self.bits} bits: refitted weights would leave their grid"
-        nm = parse_pattern(self.pattern)
-        if nm and self.group_size and self.group_size % nm[1]:
-            return f"group size {self.group_size} tears groups of pattern {self.pattern} apart (try {-(-self.group_size // nm[1]) * nm[1]})"
+        width = self.width()
+        if self.group_size and self.group_size % width:
+            fits = -(-self.group_size // width) * width
+            return f"group size {self.group_size} tears groups of {width} apart, which {self.pattern} is stored in (try {fits})"
         return super().impossible()
+
+    def misfit(self, name: str, inputs: int) -> str | None:
+        why = super().misfit(name, inputs)
+        if why is None and inputs % self.width():
+            return f"the {inputs} inputs of {name} do not split into groups of {self.width()}, which {self.pattern} is stored in"
+        return why
+
+    def width(self) -> int:
+        """Neighbouring inputs that are stored together; 1:2 with 4 bits is stored as 2:4."""
+        if self.pattern == "1:2" and self.bits == 4:
+            return 4
+        return (parse_pattern(self.pattern) or (0, 1))[1]
 
 
 class Prune(Grid):

@@ -80,6 +80,8 @@ def test_variants_fill_in_their_knobs():
         ("wanda", {"pattern": "2:4", "sparsity": 0.3}, "pattern 2:4 means sparsity 0.5, but sparsity is 0.3"),
         ("wanda", {"pattern": "3:7"}, "3:7 does not divide"),
         ("sparsegpt", {"group_size": 64}, "without bits"),
+        ("sparsegpt", {"pattern": "2:4", "bits": 4, "group_size": 18}, "group size 18 tears groups of 4 apart"),
+        ("sparsegpt", {"pattern": "1:2", "bits": 4, "group_size": 18}, "of 4 apart, which 1:2 is stored in (try 20)"),
         ("nf4", {"bits": 3}, "4 bits, not 3"),
         ("fp4", {"bits": 8}, "4 bits, not 8"),
         ("nf4", {"block_size": 128}, "128 does not divide the 576"),
@@ -101,8 +103,15 @@ def test_impossible_combinations_have_a_reason(config, method, params, says):
     assert says in incompatible(method, params, config.to_dict())
 
 
+def test_one_of_two_with_4_bits_is_stored_by_fours():
+    odd = make_llama(intermediate=90).config
+    assert "the 90 inputs of model.layers.0.mlp.down_proj" in incompatible("sparsegpt", {"pattern": "1:2", "bits": 4}, odd)
+    assert incompatible("sparsegpt", {"pattern": "1:2"}, odd) is None
+
+
 def test_possible_combinations_have_none(config):
     for method, params in [
+        ("sparsegpt", {"pattern": "1:2", "bits": 4}),
         ("dense", {}), ("rtn", {"group_size": 64}), ("gptq", {"group_size": None}), ("wanda", {"pattern": "8:16"}), ("nf4", {}),
         ("rtn", {"group_size": 128, "skip": ["*.self_attn.*", "*.gate_proj", "*.up_proj"]}),
     ]:  # fmt: skip
