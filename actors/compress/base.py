@@ -38,7 +38,9 @@ class MethodConfig(BaseModel):
     @model_validator(mode="after")
     def _overrides_are_parameters(self) -> MethodConfig:
         for glob, params in self.overrides.items():
-            if bad := set(params) - set(type(self).model_fields) | set(params) & ({"skip", "overrides"} | self.of_the_whole_cell()):
+            if bad := set(params) - set(type(self).model_fields) | set(params) & (
+                {"skip", "overrides"} | self.of_the_whole_cell()
+            ):
                 raise ValueError(f"overrides[{glob!r}] holds {sorted(bad)}, which this method does not take per layer")
             self.merged(params)
         return self
@@ -59,11 +61,14 @@ class MethodConfig(BaseModel):
         return validate({k: v for k, v in values.items() if k in kept} | dict(params))
 
     def for_layer(self, name: str) -> MethodConfig | None:
-        """The parameters that hold for one linear; None where it stays dense. Later overrides win."""
+        """The parameters that hold for one linear; None where it stays dense. The longest of the globs that match wins.
+
+        A cell's key knows no order of globs, so theirs must not matter.
+        """
         if any(fnmatch.fnmatch(name, glob) for glob in self.skip):
             return None
         params: dict[str, Any] = {}
-        for glob, changed in self.overrides.items():
+        for glob, changed in sorted(self.overrides.items(), key=lambda item: (len(item[0]), item[0])):
             if fnmatch.fnmatch(name, glob):
                 params |= changed
         return self.merged(params) if params else self

@@ -69,7 +69,9 @@ class SparseGptConfig(PruningConfig):
     def misfit(self, name: str, inputs: int) -> str | None:
         why = super().misfit(name, inputs)
         if why is None and inputs % self.width():
-            return f"the {inputs} inputs of {name} do not split into groups of {self.width()}, which {self.pattern} is stored in"
+            return (
+                f"the {inputs} inputs of {name} do not split into groups of {self.width()}, which {self.pattern} is stored in"
+            )
         return why
 
     def width(self) -> int:

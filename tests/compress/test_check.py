@@ -92,7 +92,11 @@ def test_variants_fill_in_their_knobs():
             {"group_size": 64, "overrides": {"*.1.mlp.down_proj": {"group_size": 1024}}},
             "1536 inputs of model.layers.1.mlp.down_proj",
         ),
-        ("magnitude", {"skip": ["*.0.mlp.down"]}, "'*.0.mlp.down' of skip matches no layer; one is model.layers.0.self_attn.q_proj"),
+        (
+            "magnitude",
+            {"skip": ["*.0.mlp.down"]},
+            "'*.0.mlp.down' of skip matches no layer; one is model.layers.0.self_attn.q_proj",
+        ),
         ("magnitude", {"overrides": {"layers.*": {"sparsity": 0.1}}}, "'layers.*' of overrides matches no layer"),
         ("magnitude", {"skip": ["*"]}, "skip ['*'] leaves no layer to compress"),
     ],
@@ -132,6 +136,16 @@ def test_tokens_needed_are_known_without_weights(config):
     assert required_tokens("gptq", {"group_size": 64}, config) == 1536
     assert required_tokens("wanda", {}, config) == 1
     assert required_tokens("rtn", {}, config) == 0
+
+
+def test_the_order_of_overrides_is_no_part_of_a_cell():
+    """Two orders have one key, so they are one compression."""
+    globs = {"*.q_proj": {"bits": 8}, "*": {"bits": 3, "group_size": 32}}
+    there, back = (check("rtn", {"overrides": dict(items)}) for items in (globs.items(), reversed(globs.items())))
+    assert canonical(there) == canonical(back)
+    for params in (there, back):
+        made = compress(make_llama(), "rtn", params).stored
+        assert (made["model.layers.0.self_attn.q_proj"].bits, made["model.layers.0.self_attn.k_proj"].bits) == (8, 3)
 
 
 @pytest.mark.parametrize("method", ["gptq", "sparsegpt"])

@@ -51,8 +51,8 @@ def test_unstructured_equals_the_surgeon():
 
 @pytest.mark.parametrize(("group", "block"), [(16, 32), (16, 40), (32, 32), (64, 32), (None, 32)])
 def test_with_bits_the_mask_is_chosen_per_block_and_not_per_group(group, block):
-    """8 bits hardly move a weight, so the mask is that of the surgeon with blocks of 32 columns: two whole groups of 16, half a group of 64."""
-    X, W, H = problem()
+    """8 bits hardly move a weight, so the mask is that of the surgeon with blocks of 32 columns: two groups of 16, half of one of 64."""
+    _, W, H = problem()
     keep_of = lambda s: s > s.flatten().sort().values[s.numel() // 2 - 1]
     expected = surgeon(W, H, keep_of, block=32) != 0
     config = SparseGptConfig(bits=8, group_size=group, block=block, variant="reference")
