@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -61,8 +63,8 @@ class CalibrationConfig(BaseModel):
         if self.weights is not None:
             if len(self.weights) != len(self.sources):
                 raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources; give one for each")
-            if min(self.weights) < 0 or sum(self.weights) <= 0:
-                raise ValueError(f"weights {self.weights} must not be negative, nor all zero")
+            if not all(0 <= w < math.inf for w in self.weights) or not sum(self.weights):
+                raise ValueError(f"weights {self.weights} must be finite and not negative, nor all zero")
         if self.system is not None and not self.template:
             raise ValueError("system has no place without template: true")
         return self
@@ -101,7 +103,7 @@ def calibrate(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, *, 
         if not share:
             continue
         if source.endswith(".npy"):
-            parts.append(_stored_windows(Path(source), share, config, len(tokenizer), where))
+            parts.append(_stored_windows(_file(source, where), share, config, len(tokenizer), where))
         else:
             parts.append(_drawn_windows(source, share, config, tokenizer, where))
     ids = np.concatenate(parts)
@@ -195,6 +197,7 @@ def _drawn_windows(source: str, samples: int, config: CalibrationConfig, tokeniz
 
 def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where: str) -> np.ndarray:
     import numpy as np
+    from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise BadInput("the model has no chat template", where=f"{where}.template", fix="Set template: false")
@@ -206,8 +209,22 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
             {"role": "user", "content": tokenizer.decode(window[:half])},
             {"role": "assistant", "content": tokenizer.decode(window[half:])},
         ]
-        text = tokenizer.apply_chat_template(system + turns, tokenize=False)
-        rows.append(tokenizer(text, add_special_tokens=False).input_ids[: config.seqlen])
+        try:
+            text = tokenizer.apply_chat_template(system + turns, tokenize=False)
+        except TemplateError as error:
+            raise BadInput(
+                f"the chat template refuses {', '.join(m['role'] for m in system + turns)}: {error}",
+                where=f"{where}.{'system' if system else 'template'}",
+                fix="Leave system out" if system else "Set template: false",
+            ) from error
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) < config.seqlen:
+            raise BadInput(
+                f"the chat template drops text: of a window of {len(window)} tokens it leaves {len(ids)}, {config.seqlen} are needed",
+                where=f"{where}.template",
+                fix="Set template: false",
+            )
+        rows.append(ids[: config.seqlen])
     return np.array(rows, dtype=np.int64)
 
 
@@ -216,10 +233,12 @@ def _load_ids(file: Path, at: str) -> np.ndarray:
 
     try:
         ids = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadInput(
             f"cannot read {file}: {error}", where=at, fix="Give int64 token ids [samples, seqlen] by numpy.save"
         ) from error
+    if not isinstance(ids, np.ndarray):
+        raise BadInput(f"{file} is an archive (.npz)", where=at, fix="Give one array by numpy.save")
     if ids.dtype != np.int64 or ids.ndim != 2:
         raise BadInput(f"{file} holds {ids.dtype} {list(ids.shape)}", where=at, fix="Give int64 token ids [samples, seqlen]")
     return ids
@@ -305,7 +324,7 @@ def _documents(source: str, where: str) -> Iterator[str]:
     if path.suffix == ".txt":
         yield content.strip("\n")
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

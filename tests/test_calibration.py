@@ -126,6 +126,13 @@ def test_jsonl_gives_its_texts(tokenizer, tmp_path):
     assert all("document" in t for t in made.texts)
 
 
+def test_a_line_of_jsonl_ends_at_a_newline_only(tokenizer, tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes("\r\n".join(json.dumps({"text": f"one\u2028two\x85 {i} " * 30}, ensure_ascii=False) for i in range(9)).encode())
+    made = calibrate(CalibrationConfig(source=str(path), samples=2, seqlen=50), tokenizer)
+    assert all("one\u2028two" in t for t in made.texts)
+
+
 def test_npy_rows_are_taken_in_order(tokenizer, tmp_path):
     ids = np.random.default_rng(0).integers(0, len(tokenizer), (6, 40))
     np.save(tmp_path / "ids.npy", ids)
@@ -148,6 +155,21 @@ def test_a_template_wraps_every_window(tokenizer):
     for text in made.texts:
         assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
         assert text.count("<|im_start|>assistant") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "says"),
+    [
+        ("{{ raise_exception('System role not supported') }}", {"system": "Be kind."}, r"system: .* refuses system, .*not supported"),
+        ("{{ raise_exception('Tools only') }}", {}, "template: the chat template refuses user, assistant: Tools only"),
+        ("{{ messages[-1].content }}", {}, r"template: the chat template drops text: of a window of 128 tokens it leaves \d+, 96 are"),
+        (None, {}, "template: the model has no chat template"),
+    ],
+)
+def test_a_template_that_cannot_wrap_is_named(tmp_path, template, settings, says):
+    tokenizer = models.load_tokenizer(models.resolve(str(make_tiny_model(tmp_path / "model", template=template))))
+    with pytest.raises(BadInput, match=rf"^calibration\.{says}"):
+        calibrate(CalibrationConfig(samples=6, seqlen=96, template=True, **settings), tokenizer)
 
 
 def test_a_dataset_folder_is_read_by_datasets(tokenizer, tmp_path, monkeypatch):
@@ -176,6 +198,9 @@ def _save(path, array):
         ("ids.npy", lambda p: _save(p, np.zeros((2, 99), np.int64)), {}, "2 windows of 99 tokens, 4 of 64 are needed"),
         ("ids.npy", lambda p: _save(p, np.full((4, 64), 10**6)), {}, "the model knows 0 to"),
         ("ids.npy", lambda p: _save(p, np.array([[{}]], object)), {}, "cannot read .*allow_pickle"),
+        ("ids.npy", lambda p: p.write_bytes(b""), {}, "cannot read"),
+        ("ids.npy", lambda p: p.write_bytes(b"PK\x03\x04 no archive"), {}, "cannot read"),
+        ("ids.npy", lambda p: np.savez(p.open("wb"), ids=np.zeros((4, 64), np.int64)), {}, "an archive"),
         ("ids.npy", lambda p: _save(p, np.zeros((4, 64), np.int64)), {"template": True}, "no template can wrap"),
         ("absent.txt", lambda p: None, {}, "no file"),
         ("text.csv", lambda p: p.write_text("a,b"), {}, "unknown calibration source"),
@@ -191,7 +216,7 @@ def test_bad_sources_say_what_is_wrong_and_what_would_do(tokenizer, tmp_path, na
 
 @pytest.mark.parametrize(
     "settings",
-    [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"system": "x"},
+    [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"weights": [float("nan")]}, {"weights": [float("inf")]}, {"system": "x"},
      {"samples": 0}, {"seqlen": 4}, {"sample": 3}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings):
