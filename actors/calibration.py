@@ -10,6 +10,7 @@ seed takes all of it, cut elsewhere.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 #: Part of the key under which digests are remembered: raise it when the same configuration gives other tokens.
 VERSION = 1
-#: An item counts as seen if it shares this many words in a row with the calibration text (Brown et al. 2020, appendix C).
+#: A text counts as seen if it shares this many words in a row with the calibration text (Brown et al. 2020, appendix C).
 NGRAM = 13
-#: Shorter items count if they are there as a whole; below this many words that would be chance.
+#: Shorter texts count if they are there as a whole; below this many words that would be chance.
 SHORTEST = 8
 
 
@@ -141,25 +142,27 @@ def token_digest(ids: np.ndarray) -> str:
     return hashed.hexdigest()[:24]
 
 
-def overlap(calibration: Calibration, item_texts: Iterable[str]) -> float:
-    """Share of items (0-1) that have 13 words in a row in common with the calibration text.
+def overlap(calibration: Calibration, items: Iterable[Iterable[str]]) -> float:
+    """Share of items (0-1), each given as its texts, of which one text has 13 words in a row in common with the calibration text.
 
-    Items of 8 to 12 words count if they are there as a whole; shorter ones never count. Words are runs of letters and digits,
+    Texts of 8 to 12 words count if they are there as a whole; shorter ones never count. Words are runs of letters and digits,
     case ignored. Brown et al. 2020, appendix C, uses the same lengths.
     """
     windows = [_words(text) for text in calibration.texts]
     seen: dict[int, set[tuple[str, ...]]] = {}
-    items = found = 0
-    for text in item_texts:
+
+    @functools.cache  # the demonstrations of one item are those of many
+    def shared(text: str) -> bool:
         words = _words(text)
-        items += 1
         n = min(NGRAM, len(words))
         if n < SHORTEST:
-            continue
+            return False
         if n not in seen:
             seen[n] = {gram for window in windows for gram in _grams(window, n)}
-        found += not seen[n].isdisjoint(_grams(words, n))
-    return found / items if items else 0.0
+        return not seen[n].isdisjoint(_grams(words, n))
+
+    found = [any(map(shared, texts)) for texts in items]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _words(text: str) -> list[str]:

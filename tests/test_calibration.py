@@ -251,14 +251,32 @@ def test_overlap_counts_items_that_share_thirteen_words():
     twelve = "Is it so that " + " ".join(words[5:17]) + " or is it not so"
     short_whole = " ".join(words[:8])
     too_short = " ".join(words[:7])
-    assert overlap(seen, [inside]) == 1.0
-    assert overlap(seen, [twelve]) == 0.0
-    assert overlap(seen, [short_whole]) == 1.0
-    assert overlap(seen, [too_short]) == 0.0
-    assert overlap(seen, [inside, twelve, short_whole, too_short]) == 0.5
+    assert overlap(seen, [[inside]]) == 1.0
+    assert overlap(seen, [[twelve]]) == 0.0
+    assert overlap(seen, [[short_whole]]) == 1.0
+    assert overlap(seen, [[too_short]]) == 0.0
+    assert overlap(seen, [[inside], [twelve], [short_whole], [too_short]]) == 0.5
+    assert overlap(seen, [[too_short, inside], [inside, twelve], [twelve], []]) == 0.5  # a share of items, not of their texts
     assert overlap(seen, []) == 0.0
     across = " ".join(words[-6:]) + " after another window altogether and more of it to make thirteen"
-    assert overlap(seen, [across]) == 0.0  # the end of one window does not join the next
+    assert overlap(seen, [[across]]) == 0.0  # the end of one window does not join the next
+
+
+def test_overlap_sees_demonstrations_and_the_perplexity_text(tokenizer):
+    from comptrust.actors.evaluate.config import EvaluationConfig
+    from comptrust.actors.evaluate.data import load_pack
+    from comptrust.actors.evaluate.run import plan_evaluation
+
+    config = EvaluationConfig(suite="smoke", dimensions=["demonstrations"], perplexity={"windows": 2, "seqlen": 64})
+    plan = plan_evaluation(config, load_pack())
+    items, (task,) = list(plan.item_texts(tokenizer)), plan.tasks
+    assert len(items) == len(task.items) + 2
+    system, demonstration, *_ = next(m for i in task.items if len(m := task.task.messages(i)) > 4)
+    assert system.role == "system" and system.content not in {text for texts in items for text in texts}
+    having = sum(demonstration.content in texts for texts in items)
+    assert overlap(_calibration(demonstration.content), items) >= having / len(items) > 0
+    perplexity = (BUILTIN.parent / "perplexity.txt").read_text()
+    assert overlap(_calibration(perplexity), items) == 2 / len(items)
 
 
 @given(st.lists(st.text("abc ", max_size=60), max_size=4), st.text("abc ", max_size=60))
@@ -267,4 +285,4 @@ def test_overlap_is_plain_search_for_a_run_of_words(windows, item):
     n = min(13, len(words))
     runs = {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)} if n >= 8 else set()
     expected = any(f" {run} " in f" {' '.join(w.split())} " for run in runs for w in windows)
-    assert overlap(_calibration(*windows), [item]) == float(expected)
+    assert overlap(_calibration(*windows), [[item]]) == float(expected)
