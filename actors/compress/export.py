@@ -69,8 +69,8 @@ def export(
 
     ``auto`` chooses compressed-tensors for integer codes, gptq where act-order needs a group index for each input (dense if that
     layout cannot hold the model), bitsandbytes for its own, else dense. ``cell`` and ``measured`` (its row of ``results``) go on
-    the card. Reloaded by transformers in the dtype of the model here, the logits are the same up to the order of sums for float32; in bfloat16
-    readers multiply code and scale in bfloat16, which we round once from float32.
+    the card. Reloaded by transformers in the dtype of the model here, the logits are the same up to the order of sums, but in
+    bfloat16: there readers round the scale, and then its product with the code, where we round that product alone.
 
     Raises BadInput for an unknown format, one that cannot hold these weights, or an ``out_dir`` with something in it.
     """
