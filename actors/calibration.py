@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the key under which digests are remembered: raise it when the same configuration gives other tokens.
-VERSION = 1
+VERSION = 2
 #: A text counts as seen if it shares this many words in a row with the calibration text (Brown et al. 2020, appendix C).
 NGRAM = 13
 #: Shorter texts count if they are there as a whole; below this many words that would be chance.
@@ -202,6 +202,8 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
     import numpy as np
     from jinja2 import TemplateError
 
+    from .evaluate.template import FIXED
+
     if not tokenizer.chat_template:
         raise BadInput("the model has no chat template", where=f"{where}.template", fix="Set template: false")
     system = [{"role": "system", "content": config.system}] if config.system is not None else []
@@ -213,7 +215,7 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
             {"role": "assistant", "content": tokenizer.decode(window[half:])},
         ]
         try:
-            text = tokenizer.apply_chat_template(system + turns, tokenize=False)
+            text = tokenizer.apply_chat_template(system + turns, tokenize=False, **FIXED)
         except TemplateError as error:
             raise BadInput(
                 f"the chat template refuses {', '.join(m['role'] for m in system + turns)}: {error}",

@@ -77,7 +77,11 @@ def test_the_command_prints_both(folder, capsys):
     ("method", "options", "says"),
     [
         ("gptq", {"backend": "bitsandbytes"}, "--backend: bitsandbytes has no method 'gptq'"),
-        ("gptq", {"backend": "llmcompressor"}, "backend llmcompressor: not installed. comptrust backends install llmcompressor"),
+        (
+            "gptq",
+            {"backend": "llmcompressor"},
+            "backend llmcompressor: not installed. comptrust backends install llmcompressor",
+        ),
         ("rtn", {"calibration": {"samples": 0}}, r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
         ("rtn", {"calibration": {"seqlen": 4}}, r"calibration.seqlen: .*\(got 4\)"),
         ("rtn", {"calibration": {"seed": -1}}, r"calibration.seed: .*\(got -1\)"),

@@ -128,7 +128,9 @@ def test_jsonl_gives_its_texts(tokenizer, tmp_path):
 
 def test_a_line_of_jsonl_ends_at_a_newline_only(tokenizer, tmp_path):
     path = tmp_path / "docs.jsonl"
-    path.write_bytes("\r\n".join(json.dumps({"text": f"one\u2028two\x85 {i} " * 30}, ensure_ascii=False) for i in range(9)).encode())
+    path.write_bytes(
+        "\r\n".join(json.dumps({"text": f"one\u2028two\x85 {i} " * 30}, ensure_ascii=False) for i in range(9)).encode()
+    )
     made = calibrate(CalibrationConfig(source=str(path), samples=2, seqlen=50), tokenizer)
     assert all("one\u2028two" in t for t in made.texts)
 
@@ -157,12 +159,27 @@ def test_a_template_wraps_every_window(tokenizer):
         assert text.count("<|im_start|>assistant") == 1
 
 
+def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(tmp_path):
+    template = "{{ date_string | default(strftime_now('%H:%M:%S.%f')) }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = models.load_tokenizer(models.resolve(str(make_tiny_model(tmp_path / "model", template=template))))
+    config = CalibrationConfig(samples=2, seqlen=64, template=True)
+    assert calibrate(config, tokenizer).digest == calibrate(config, tokenizer).digest
+
+
 @pytest.mark.parametrize(
     ("template", "settings", "says"),
     [
-        ("{{ raise_exception('System role not supported') }}", {"system": "Be kind."}, r"system: .* refuses system, .*not supported"),
+        (
+            "{{ raise_exception('System role not supported') }}",
+            {"system": "Be kind."},
+            r"system: .* refuses system, .*not supported",
+        ),
         ("{{ raise_exception('Tools only') }}", {}, "template: the chat template refuses user, assistant: Tools only"),
-        ("{{ messages[-1].content }}", {}, r"template: the chat template drops text: of a window of 128 tokens it leaves \d+, 96 are"),
+        (
+            "{{ messages[-1].content }}",
+            {},
+            r"template: the chat template drops text: of a window of 128 tokens it leaves \d+, 96 are",
+        ),
         (None, {}, "template: the model has no chat template"),
     ],
 )
@@ -216,7 +233,8 @@ def test_bad_sources_say_what_is_wrong_and_what_would_do(tokenizer, tmp_path, na
 
 @pytest.mark.parametrize(
     "settings",
-    [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"weights": [float("nan")]}, {"weights": [float("inf")]}, {"system": "x"},
+    [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"weights": [float("nan")]},
+     {"weights": [float("inf")]}, {"system": "x"},
      {"samples": 0}, {"seqlen": 4}, {"sample": 3}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings):
