@@ -264,7 +264,7 @@ class Worker:
     def _overlap(self, cell: Cell) -> float | None:
         if not cell.calibration:
             return None
-        return overlap(self._calibration(cell), self.plan.item_texts())
+        return overlap(self._calibration(cell), self.plan.item_texts(self.tokenizer))
 
 
 def dense_of(cell: Cell) -> Cell:

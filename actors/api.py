@@ -19,7 +19,22 @@ def _device() -> str:
 
 
 def _dtype(dtype: str | None) -> str:
+    known = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in known:
+        raise BadInput(f"unknown dtype {dtype!r}", where="--dtype", fix=f"One of: {', '.join(known)}.")
     return dtype or ("bfloat16" if _device() == "cuda" else "float32")
+
+
+def _config(schema: Any, values: Mapping[str, Any] | None, where: str) -> Any:
+    """``schema`` from ``values``; its first complaint as ``BadInput`` with path and value."""
+    from pydantic import ValidationError
+
+    try:
+        return schema(**dict(values or {}))
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        path = ".".join(map(str, (where, *first["loc"])))
+        raise BadInput(f"{first['msg'].removeprefix('Value error, ')} (got {first['input']!r})", where=path) from None
 
 
 def compress(
@@ -47,16 +62,21 @@ def compress(
 
     if output is not None:
         check_output(output)
-    foreign = backend not in ("comptrust", "bitsandbytes")
+    dtype = _dtype(dtype)
+    spec = _config(CalibrationConfig, calibration, "calibration")
     if method not in methods.METHODS:
         raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
+    own = methods.METHODS[method].backend
+    if backend == "bitsandbytes" != own:
+        raise BadInput(f"bitsandbytes has no method {method!r}", where="--backend", fix="Leave it out.")
+    foreign = backend not in ("comptrust", "bitsandbytes")
     if foreign:
         filled = backends.check(backend, method, dict(params or {}), where=method)
+        backends.check_installed(backend)
     else:
         filled = methods.check(method, dict(params or {}), where=method)
     ref = models.resolve(model, where="MODEL")
     shapes = models.load_config(ref)
-    spec = CalibrationConfig(**dict(calibration or {}))
     reason = backends.incompatible(backend, method, filled, shapes) if foreign else methods.incompatible(method, filled, shapes)
     if reason:
         raise BadInput(reason, where=f"{method} on {model}")
@@ -69,7 +89,7 @@ def compress(
             )
         drawn = calibrate(spec, models.load_tokenizer(ref), where="--calibration")
         tokens, digest = drawn.tokens, drawn.digest
-    dense, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
+    dense, tokenizer = models.load(ref, dtype=dtype, device=_device(), progress=progress)
     if foreign:
         done = backends.run_backend(backend, method, filled, ref=ref, dense=dense, tokens=tokens, progress=progress)
     else:
@@ -78,8 +98,8 @@ def compress(
         from .compress.export import export
 
         cell = Cell(
-            model=model, revision=ref.revision, method=method, params=filled, dtype=_dtype(dtype),
-            backend=backend if foreign else methods.METHODS[method].backend, template=models.template_digest(tokenizer),
+            model=model, revision=ref.revision, method=method, params=filled, dtype=dtype,
+            backend=backend if foreign else own, template=models.template_digest(tokenizer),
             calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
         )  # fmt: skip
         export(done, tokenizer, output, cell=cell)
@@ -109,20 +129,13 @@ def evaluate(
     is measured first, its value stands in every row as ``dense``, and divergence from it and flips are measured as in a sweep. Raises
     ``BadInput`` before weights are read.
     """
-    from pydantic import ValidationError
-
     from . import models
     from .evaluate.config import EvaluationConfig
     from .evaluate.data import load_pack
     from .evaluate.run import check_evaluation, plan_evaluation
     from .evaluate.run import evaluate as run
 
-    try:
-        config = EvaluationConfig(**dict(evaluation or {}))
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        where = "evaluation." + ".".join(map(str, first["loc"]))
-        raise BadInput(f"{first['msg'].removeprefix('Value error, ')} (got {first['input']!r})", where=where) from None
+    config, dtype = _config(EvaluationConfig, evaluation, "evaluation"), _dtype(dtype)
     ref, dense_ref = models.resolve(model), models.resolve(dense) if dense else None
     plan = plan_evaluation(config, load_pack())
     check_evaluation(config, tokenizer := models.load_tokenizer(ref))
@@ -132,7 +145,7 @@ def evaluate(
         )
 
     def measure(ref: models.ModelRef, **options: Any) -> Any:
-        loaded, tokenizer = models.load(ref, dtype=_dtype(dtype), device=_device(), progress=progress)
+        loaded, tokenizer = models.load(ref, dtype=dtype, device=_device(), progress=progress)
         return run(loaded, tokenizer, plan, progress=progress, **options)
 
     if not dense_ref:

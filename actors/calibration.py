@@ -10,14 +10,17 @@ seed takes all of it, cut elsewhere.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,10 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the key under which digests are remembered: raise it when the same configuration gives other tokens.
-VERSION = 1
-#: An item counts as seen if it shares this many words in a row with the calibration text (Brown et al. 2020, appendix C).
+VERSION = 2
+#: A text counts as seen if it shares this many words in a row with the calibration text (Brown et al. 2020, appendix C).
 NGRAM = 13
-#: Shorter items count if they are there as a whole; below this many words that would be chance.
+#: Shorter texts count if they are there as a whole; below this many words that would be chance.
 SHORTEST = 8
 
 
@@ -61,8 +64,8 @@ class CalibrationConfig(BaseModel):
         if self.weights is not None:
             if len(self.weights) != len(self.sources):
                 raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources; give one for each")
-            if min(self.weights) < 0 or sum(self.weights) <= 0:
-                raise ValueError(f"weights {self.weights} must not be negative, nor all zero")
+            if not all(0 <= w < math.inf for w in self.weights) or not sum(self.weights):
+                raise ValueError(f"weights {self.weights} must be finite and not negative, nor all zero")
         if self.system is not None and not self.template:
             raise ValueError("system has no place without template: true")
         return self
@@ -101,7 +104,7 @@ def calibrate(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, *, 
         if not share:
             continue
         if source.endswith(".npy"):
-            parts.append(_stored_windows(Path(source), share, config, len(tokenizer), where))
+            parts.append(_stored_windows(_file(source, where), share, config, len(tokenizer), where))
         else:
             parts.append(_drawn_windows(source, share, config, tokenizer, where))
     ids = np.concatenate(parts)
@@ -139,25 +142,27 @@ def token_digest(ids: np.ndarray) -> str:
     return hashed.hexdigest()[:24]
 
 
-def overlap(calibration: Calibration, item_texts: Iterable[str]) -> float:
-    """Share of items (0-1) that have 13 words in a row in common with the calibration text.
+def overlap(calibration: Calibration, items: Iterable[Iterable[str]]) -> float:
+    """Share of items (0-1), each given as its texts, of which one text has 13 words in a row in common with the calibration text.
 
-    Items of 8 to 12 words count if they are there as a whole; shorter ones never count. Words are runs of letters and digits,
+    Texts of 8 to 12 words count if they are there as a whole; shorter ones never count. Words are runs of letters and digits,
     case ignored. Brown et al. 2020, appendix C, uses the same lengths.
     """
     windows = [_words(text) for text in calibration.texts]
     seen: dict[int, set[tuple[str, ...]]] = {}
-    items = found = 0
-    for text in item_texts:
+
+    @functools.cache  # the demonstrations of one item are those of many
+    def shared(text: str) -> bool:
         words = _words(text)
-        items += 1
         n = min(NGRAM, len(words))
         if n < SHORTEST:
-            continue
+            return False
         if n not in seen:
             seen[n] = {gram for window in windows for gram in _grams(window, n)}
-        found += not seen[n].isdisjoint(_grams(words, n))
-    return found / items if items else 0.0
+        return not seen[n].isdisjoint(_grams(words, n))
+
+    found = [any(map(shared, texts)) for texts in items]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _words(text: str) -> list[str]:
@@ -195,6 +200,9 @@ def _drawn_windows(source: str, samples: int, config: CalibrationConfig, tokeniz
 
 def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where: str) -> np.ndarray:
     import numpy as np
+    from jinja2 import TemplateError
+
+    from .evaluate.template import FIXED
 
     if not tokenizer.chat_template:
         raise BadInput("the model has no chat template", where=f"{where}.template", fix="Set template: false")
@@ -206,8 +214,22 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
             {"role": "user", "content": tokenizer.decode(window[:half])},
             {"role": "assistant", "content": tokenizer.decode(window[half:])},
         ]
-        text = tokenizer.apply_chat_template(system + turns, tokenize=False)
-        rows.append(tokenizer(text, add_special_tokens=False).input_ids[: config.seqlen])
+        try:
+            text = tokenizer.apply_chat_template(system + turns, tokenize=False, **FIXED)
+        except TemplateError as error:
+            raise BadInput(
+                f"the chat template refuses {', '.join(m['role'] for m in system + turns)}: {error}",
+                where=f"{where}.{'system' if system else 'template'}",
+                fix="Leave system out" if system else "Set template: false",
+            ) from error
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) < config.seqlen:
+            raise BadInput(
+                f"the chat template drops text: of a window of {len(window)} tokens it leaves {len(ids)}, {config.seqlen} are needed",
+                where=f"{where}.template",
+                fix="Set template: false",
+            )
+        rows.append(ids[: config.seqlen])
     return np.array(rows, dtype=np.int64)
 
 
@@ -216,10 +238,12 @@ def _load_ids(file: Path, at: str) -> np.ndarray:
 
     try:
         ids = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadInput(
             f"cannot read {file}: {error}", where=at, fix="Give int64 token ids [samples, seqlen] by numpy.save"
         ) from error
+    if not isinstance(ids, np.ndarray):
+        raise BadInput(f"{file} is an archive (.npz)", where=at, fix="Give one array by numpy.save")
     if ids.dtype != np.int64 or ids.ndim != 2:
         raise BadInput(f"{file} holds {ids.dtype} {list(ids.shape)}", where=at, fix="Give int64 token ids [samples, seqlen]")
     return ids
@@ -305,7 +329,7 @@ def _documents(source: str, where: str) -> Iterator[str]:
     if path.suffix == ".txt":
         yield content.strip("\n")
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -31,8 +31,9 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict]:
 def export_cell(uri: str, prefix: str, output: Path, progress: Callable[[str, int, int], None] | None = None) -> str:
     """Write the checkpoint of a cell with its measured row on the card; returns a sentence with the place and the format."""
     from ..actors.actor import Worker, WorkerConfig
-    from ..actors.compress.export import export
+    from ..actors.compress.export import check_output, export
 
+    check_output(output)
     cell, row = find_cell(uri, prefix)
     worker = Worker(WorkerConfig(record=uri, evaluation={}), progress)
     worker.prepare(cell)

@@ -71,3 +71,40 @@ def test_the_command_prints_both(folder, capsys):
     )  # fmt: skip
     out = capsys.readouterr().out
     assert "dense" in out.splitlines()[0] and "kl_dense" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("gptq", {"backend": "bitsandbytes"}, "--backend: bitsandbytes has no method 'gptq'"),
+        (
+            "gptq",
+            {"backend": "llmcompressor"},
+            "backend llmcompressor: not installed. comptrust backends install llmcompressor",
+        ),
+        ("rtn", {"calibration": {"samples": 0}}, r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
+        ("rtn", {"calibration": {"seqlen": 4}}, r"calibration.seqlen: .*\(got 4\)"),
+        ("rtn", {"calibration": {"seed": -1}}, r"calibration.seed: .*\(got -1\)"),
+        ("rtn", {"dtype": "fp16"}, "--dtype: unknown dtype 'fp16'. One of: float32, bfloat16, float16"),
+    ],
+)
+def test_what_cannot_work_is_said_before_weights_are_read(folder, tmp_path, monkeypatch, method, options, says):
+    from comptrust.actors import models
+
+    monkeypatch.setenv("COMPTRUST_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with pytest.raises(BadInput, match=says):
+        comptrust.compress(str(folder / "dense"), method, {"bits": 4, "group_size": 32}, **options)
+
+
+def test_a_dtype_to_evaluate_in_is_one_that_is_known(folder):
+    with pytest.raises(BadInput, match="unknown dtype 'fp16'"):
+        comptrust.evaluate(str(folder / "dense"), EVALUATION, dtype="fp16")
+
+
+def test_a_full_folder_is_refused_before_the_cell_is_looked_up(tmp_path):
+    from comptrust.sweep.export import export_cell
+
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadInput, match="not an empty directory"):
+        export_cell(str(tmp_path / "no record"), "abc", tmp_path)

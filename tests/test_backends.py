@@ -164,6 +164,11 @@ def test_noise_is_refused(dense, tokens):
         check_drift("x", four, dense, tokens, None)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("1:4", "3:4"), ("2:4", "2:4"), ("3:4", "1:4"), ("unstructured", "0:0")])
+def test_llmcompressor_counts_what_it_prunes(ours, theirs):
+    assert runpy.run_path(str(PINS / "llmcompressor.py"))["pruned"](ours) == theirs
+
+
 def test_autoawq_sees_that_its_copies_are_none(monkeypatch):
     runner = runpy.run_path(str(PINS / "autoawq.py"))
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.cpu)  # put back afterwards
@@ -201,6 +206,8 @@ def through(dense, name, method, params, tokens, ref, **more):
         ("llmcompressor", "awq", {"group_size": 64}, 0.25),
         ("llmcompressor", "sparsegpt", {"pattern": "2:4"}, 0.6),
         ("llmcompressor", "wanda", {"sparsity": 0.5}, 0.6),
+        ("llmcompressor", "sparsegpt", {"pattern": "3:4"}, 0.4),
+        ("llmcompressor", "wanda", {"pattern": "3:4"}, 0.4),
     ],
 )
 def test_a_tiny_model_goes_through(ref, dense, tokens, name, method, params, drift):
@@ -209,7 +216,7 @@ def test_a_tiny_model_goes_through(ref, dense, tokens, name, method, params, dri
     made = through(dense, name, method, params, tokens, ref, via="subprocess", progress=lambda *call: steps.append(call))
     assert 0 < check_drift(name, made, dense, tokens, None) < drift
     if "pattern" in params or "sparsity" in params:
-        assert made.sparsity_reached == pytest.approx(0.5, abs=0.01)
+        assert made.sparsity_reached == pytest.approx(0.25 if params.get("pattern") == "3:4" else 0.5, abs=0.01)
     else:
         assert 4 < made.bits_per_weight < 5
 
@@ -269,9 +276,9 @@ def test_gptqmodel_reads_our_gptq_and_awq_layouts(loaded, tmp_path):
     installed("gptqmodel")
     dense, tokenizer = loaded
     made = {}
-    for format, symmetric in (("gptq", True), ("awq", False)):
-        made[format] = compress(dense, "rtn", {"bits": 4, "group_size": 64, "symmetric": symmetric})
-        export(made[format], tokenizer, tmp_path / format, format=format)
+    for name, symmetric, group in (("gptq", True, 64), ("awq", False, 64), ("awq-channel", False, None)):
+        made[name] = compress(dense, "rtn", {"bits": 4, "group_size": group, "symmetric": symmetric})
+        export(made[name], tokenizer, tmp_path / name, format=name.partition("-")[0])
     python = environment("gptqmodel") / "bin" / "python"
     folders = [str(tmp_path / f) for f in made]
     done = subprocess.run([python, "-c", READER, *folders], capture_output=True, text=True, cwd=tmp_path)

@@ -126,6 +126,15 @@ def test_jsonl_gives_its_texts(tokenizer, tmp_path):
     assert all("document" in t for t in made.texts)
 
 
+def test_a_line_of_jsonl_ends_at_a_newline_only(tokenizer, tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(
+        "\r\n".join(json.dumps({"text": f"one\u2028two\x85 {i} " * 30}, ensure_ascii=False) for i in range(9)).encode()
+    )
+    made = calibrate(CalibrationConfig(source=str(path), samples=2, seqlen=50), tokenizer)
+    assert all("one\u2028two" in t for t in made.texts)
+
+
 def test_npy_rows_are_taken_in_order(tokenizer, tmp_path):
     ids = np.random.default_rng(0).integers(0, len(tokenizer), (6, 40))
     np.save(tmp_path / "ids.npy", ids)
@@ -148,6 +157,36 @@ def test_a_template_wraps_every_window(tokenizer):
     for text in made.texts:
         assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
         assert text.count("<|im_start|>assistant") == 1
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(tmp_path):
+    template = "{{ date_string | default(strftime_now('%H:%M:%S.%f')) }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = models.load_tokenizer(models.resolve(str(make_tiny_model(tmp_path / "model", template=template))))
+    config = CalibrationConfig(samples=2, seqlen=64, template=True)
+    assert calibrate(config, tokenizer).digest == calibrate(config, tokenizer).digest
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "says"),
+    [
+        (
+            "{{ raise_exception('System role not supported') }}",
+            {"system": "Be kind."},
+            r"system: .* refuses system, .*not supported",
+        ),
+        ("{{ raise_exception('Tools only') }}", {}, "template: the chat template refuses user, assistant: Tools only"),
+        (
+            "{{ messages[-1].content }}",
+            {},
+            r"template: the chat template drops text: of a window of 128 tokens it leaves \d+, 96 are",
+        ),
+        (None, {}, "template: the model has no chat template"),
+    ],
+)
+def test_a_template_that_cannot_wrap_is_named(tmp_path, template, settings, says):
+    tokenizer = models.load_tokenizer(models.resolve(str(make_tiny_model(tmp_path / "model", template=template))))
+    with pytest.raises(BadInput, match=rf"^calibration\.{says}"):
+        calibrate(CalibrationConfig(samples=6, seqlen=96, template=True, **settings), tokenizer)
 
 
 def test_a_dataset_folder_is_read_by_datasets(tokenizer, tmp_path, monkeypatch):
@@ -176,6 +215,9 @@ def _save(path, array):
         ("ids.npy", lambda p: _save(p, np.zeros((2, 99), np.int64)), {}, "2 windows of 99 tokens, 4 of 64 are needed"),
         ("ids.npy", lambda p: _save(p, np.full((4, 64), 10**6)), {}, "the model knows 0 to"),
         ("ids.npy", lambda p: _save(p, np.array([[{}]], object)), {}, "cannot read .*allow_pickle"),
+        ("ids.npy", lambda p: p.write_bytes(b""), {}, "cannot read"),
+        ("ids.npy", lambda p: p.write_bytes(b"PK\x03\x04 no archive"), {}, "cannot read"),
+        ("ids.npy", lambda p: np.savez(p.open("wb"), ids=np.zeros((4, 64), np.int64)), {}, "an archive"),
         ("ids.npy", lambda p: _save(p, np.zeros((4, 64), np.int64)), {"template": True}, "no template can wrap"),
         ("absent.txt", lambda p: None, {}, "no file"),
         ("text.csv", lambda p: p.write_text("a,b"), {}, "unknown calibration source"),
@@ -191,7 +233,8 @@ def test_bad_sources_say_what_is_wrong_and_what_would_do(tokenizer, tmp_path, na
 
 @pytest.mark.parametrize(
     "settings",
-    [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"system": "x"},
+    [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"weights": [float("nan")]},
+     {"weights": [float("inf")]}, {"system": "x"},
      {"samples": 0}, {"seqlen": 4}, {"sample": 3}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings):
@@ -226,14 +269,32 @@ def test_overlap_counts_items_that_share_thirteen_words():
     twelve = "Is it so that " + " ".join(words[5:17]) + " or is it not so"
     short_whole = " ".join(words[:8])
     too_short = " ".join(words[:7])
-    assert overlap(seen, [inside]) == 1.0
-    assert overlap(seen, [twelve]) == 0.0
-    assert overlap(seen, [short_whole]) == 1.0
-    assert overlap(seen, [too_short]) == 0.0
-    assert overlap(seen, [inside, twelve, short_whole, too_short]) == 0.5
+    assert overlap(seen, [[inside]]) == 1.0
+    assert overlap(seen, [[twelve]]) == 0.0
+    assert overlap(seen, [[short_whole]]) == 1.0
+    assert overlap(seen, [[too_short]]) == 0.0
+    assert overlap(seen, [[inside], [twelve], [short_whole], [too_short]]) == 0.5
+    assert overlap(seen, [[too_short, inside], [inside, twelve], [twelve], []]) == 0.5  # a share of items, not of their texts
     assert overlap(seen, []) == 0.0
     across = " ".join(words[-6:]) + " after another window altogether and more of it to make thirteen"
-    assert overlap(seen, [across]) == 0.0  # the end of one window does not join the next
+    assert overlap(seen, [[across]]) == 0.0  # the end of one window does not join the next
+
+
+def test_overlap_sees_demonstrations_and_the_perplexity_text(tokenizer):
+    from comptrust.actors.evaluate.config import EvaluationConfig
+    from comptrust.actors.evaluate.data import load_pack
+    from comptrust.actors.evaluate.run import plan_evaluation
+
+    config = EvaluationConfig(suite="smoke", dimensions=["demonstrations"], perplexity={"windows": 2, "seqlen": 64})
+    plan = plan_evaluation(config, load_pack())
+    items, (task,) = list(plan.item_texts(tokenizer)), plan.tasks
+    assert len(items) == len(task.items) + 2
+    system, demonstration, *_ = next(m for i in task.items if len(m := task.task.messages(i)) > 4)
+    assert system.role == "system" and system.content not in {text for texts in items for text in texts}
+    having = sum(demonstration.content in texts for texts in items)
+    assert overlap(_calibration(demonstration.content), items) >= having / len(items) > 0
+    perplexity = (BUILTIN.parent / "perplexity.txt").read_text()
+    assert overlap(_calibration(perplexity), items) == 2 / len(items)
 
 
 @given(st.lists(st.text("abc ", max_size=60), max_size=4), st.text("abc ", max_size=60))
@@ -242,4 +303,4 @@ def test_overlap_is_plain_search_for_a_run_of_words(windows, item):
     n = min(13, len(words))
     runs = {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)} if n >= 8 else set()
     expected = any(f" {run} " in f" {' '.join(w.split())} " for run in runs for w in windows)
-    assert overlap(_calibration(*windows), [item]) == float(expected)
+    assert overlap(_calibration(*windows), [[item]]) == float(expected)

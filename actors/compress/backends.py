@@ -249,6 +249,11 @@ def problem(name: str) -> str | None:
     return None
 
 
+def check_installed(name: str) -> None:
+    if found := problem(name):
+        raise BadInput(f"backend {name}: {found}", where="backend", fix=f"comptrust backends install {name}")
+
+
 def _build(name: str) -> str:
     """Whose pins: vLLM has a package for CPUs beside the one for CUDA."""
     import torch
@@ -307,8 +312,7 @@ def run_backend(
     config = _config(name, method, params, "")
     if why := config.impossible():
         raise BadInput(f"{name}: {why}", where="params")
-    if found := problem(name):
-        raise BadInput(f"backend {name}: {found}", where="backend", fix=f"comptrust backends install {name}")
+    check_installed(name)
     if tokens is None and needs_calibration(name, method):
         raise BadInput(f"{method} of {name} needs calibration tokens", where="calibration", fix="Give a calibration source")
     dtype = str(next(dense.parameters()).dtype).removeprefix("torch.")

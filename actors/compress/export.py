@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -66,18 +67,18 @@ def export(
 ) -> Exported:
     """Write ``out_dir``: weights, configuration, tokenizer, model card; complete or not there at all.
 
-    ``auto`` chooses compressed-tensors for integer codes (gptq where act-order needs a group index for each input),
-    bitsandbytes for its own, else dense. ``cell`` and ``measured`` (its row of ``results``) go on the card. Reloaded by
-    transformers in the dtype of the model here, the logits are the same up to the order of sums for float32; in bfloat16
-    readers multiply code and scale in bfloat16, which we round once from float32.
+    ``auto`` chooses compressed-tensors for integer codes, gptq where act-order needs a group index for each input (dense if that
+    layout cannot hold the model), bitsandbytes for its own, else dense. ``cell`` and ``measured`` (its row of ``results``) go on
+    the card. Reloaded by transformers in the dtype of the model here, the logits are the same up to the order of sums, but in
+    bfloat16: there readers round the scale, and then its product with the code, where we round that product alone.
 
     Raises BadInput for an unknown format, one that cannot hold these weights, or an ``out_dir`` with something in it.
     """
     out = check_output(out_dir)
     if format not in (*FORMATS, "auto"):
         raise BadInput(f"unknown format {format!r}", where="format", fix=f"One of: auto, {', '.join(FORMATS)}")
-    format = _choose(compressed) if format == "auto" else format
     notes: list[str] = []
+    format = _choose(compressed, notes) if format == "auto" else format
     tensors, quantization = _WRITERS[format](compressed, notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
@@ -105,11 +106,16 @@ def export(
     return Exported(out, format, size, notes)
 
 
-def _choose(compressed: Compressed) -> str:
+def _choose(compressed: Compressed, notes: list[str]) -> str:
     layers = compressed.stored.values()
     if any(s.format in _BITSANDBYTES for s in layers):
         return "bitsandbytes"
-    if any(s.codes is not None and s.group_index is not None for s in layers):
+    if _act_order(compressed.stored):
+        try:
+            _check_gptq(compressed, {n: s for n, s in compressed.stored.items() if _integer(s)})
+        except BadInput as error:
+            notes.append(f"Only GPTQ's layout has act-order, and it cannot hold this model: {error.problem}.")
+            return "dense"
         return "gptq"
     schemes = {(s.bits, s.group_size, s.symmetric) for s in layers if _integer(s)}
     if not schemes or (len(schemes) > 1 and any(not symmetric for _, _, symmetric in schemes)):
@@ -120,6 +126,10 @@ def _choose(compressed: Compressed) -> str:
 def _integer(s: StoredLinear) -> bool:
     """Weights are the codes and nothing else (an input scale that could not be folded away needs a float weight)."""
     return s.codes is not None and s.input_scale is None and s.format in ("int", "w8a8")
+
+
+def _act_order(layers: Mapping[str, StoredLinear]) -> bool:
+    return any(s.codes is not None and s.group_index is not None for s in layers.values())
 
 
 # --- one writer a format: (tensors, quantization_config) ---------------------------------------------------------------------
@@ -210,21 +220,12 @@ def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     layers = _codes(compressed, "gptq", notes)
-    bits, group, symmetric = _uniform(layers, "gptq")
-    if others := [n for n in _others(compressed.model, layers) if n != "lm_head"]:
-        raise BadInput(
-            f"GPTQ's layout has no place for dense layers ({others[0]})", where="format", fix="Use compressed-tensors"
-        )
-    step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
+    bits, group, symmetric = _check_gptq(compressed, layers)
     tensors = _rest(compressed, set(layers))
     # The first version of the layout stores zero - 1, which has no place for 0.
     old = all(s.zero is None or int(s.zero.min()) > 0 for s in layers.values())
     for name, s in layers.items():
-        O, I = s.shape
-        if O % step or I % step:
-            raise BadInput(
-                f"{name} is {O} x {I}, GPTQ's layout packs {step} codes at a time", where="format", fix="Use compressed-tensors"
-            )
+        I = s.shape[1]
         codes_IO, zero_GO, scale_GO = _unsigned(s)
         index = s.group_index if s.group_index is not None else torch.arange(I) // (s.group_size or I)
         middle = 2 ** (bits - 1)  # the packer takes signed codes
@@ -247,13 +248,11 @@ def _awq(compressed: Compressed, notes: list[str]) -> _Written:
     layers = _codes(compressed, "awq", notes)
     bits, group, _ = _uniform(layers, "awq")
     if bits != 4 or any(s.group_index is not None for s in layers.values()):
-        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="format", fix="Use compressed-tensors")
+        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="format", fix="Use auto")
     tensors = _rest(compressed, set(layers))
     for name, s in layers.items():
         if s.shape[0] % 8:
-            raise BadInput(
-                f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="format", fix="Use compressed-tensors"
-            )
+            raise BadInput(f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="format", fix="Use auto")
         codes_IO, zero_GO, scale_GO = _unsigned(s)
         tensors[f"{name}.qweight"] = _pack_awq(codes_IO)
         tensors[f"{name}.qzeros"] = _pack_awq(zero_GO)
@@ -261,7 +260,7 @@ def _awq(compressed: Compressed, notes: list[str]) -> _Written:
     return tensors, {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": group or next(iter(layers.values())).shape[1],
+        "group_size": group or -1,
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": _others(compressed.model, layers),
@@ -330,8 +329,21 @@ def _others(model: nn.Module, layers: Mapping[str, StoredLinear]) -> list[str]:
 def _uniform(layers: Mapping[str, StoredLinear], format: str) -> tuple[int, int | None, bool]:
     kinds = {(int(s.bits), s.group_size, s.symmetric) for s in layers.values()}
     if len(kinds) > 1:
-        raise BadInput(f"{format} has one width and group size for all layers", where="format", fix="Use compressed-tensors")
+        raise BadInput(f"{format} has one width and group size for all layers", where="format", fix="Use auto")
     return kinds.pop()
+
+
+def _check_gptq(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> tuple[int, int | None, bool]:
+    """Width, group size and symmetry of all layers; BadInput where GPTQ's layout cannot hold the model."""
+    if others := [n for n in _others(compressed.model, layers) if n != "lm_head"]:
+        raise BadInput(f"GPTQ's layout has no place for dense layers ({others[0]})", where="format", fix="Use auto")
+    bits, group, symmetric = _uniform(layers, "gptq")
+    step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
+    for name, s in layers.items():
+        if any(size % step for size in s.shape):
+            size = " x ".join(map(str, s.shape))
+            raise BadInput(f"{name} is {size}, GPTQ's layout packs {step} codes at a time", where="format", fix="Use auto")
+    return bits, group, symmetric
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -355,7 +367,7 @@ def _unsigned(s: StoredLinear) -> tuple[Tensor, Tensor, Tensor]:
 def _pack_awq(codes_RC: Tensor) -> Tensor:
     """[R, C] -> int32 [R, C / 8], eight neighbours along a row in AWQ's order."""
     eight = codes_RC.reshape(codes_RC.shape[0], -1, 8)[..., list(_AWQ_ORDER)]
-    return _int32((eight << torch.arange(0, 32, 4)).sum(-1))
+    return _int32((eight << torch.arange(0, 32, 4, device=eight.device)).sum(-1))
 
 
 def _int32(words: Tensor) -> Tensor:
@@ -441,7 +453,7 @@ def load_packed(path: Path | str) -> dict[str, Packed]:
 def card(compressed: Compressed, format: str, notes: list[str], cell: Cell | None, measured: Mapping[str, Any] | None) -> str:
     """README.md of the checkpoint: what it is, from what, by what, and what was measured."""
     head = ["---", "library_name: transformers", "tags:", "- comptrust", f"- {format}"]
-    if cell is not None and not cell.model.startswith(("package:", "/", ".", "~")):
+    if cell is not None and re.fullmatch("[0-9a-f]{40}", cell.revision):  # a commit: only models of the hub have one
         head.append(f"base_model: {cell.model.partition('@')[0]}")
     lines = [*head, "---", "", f"# {cell.model if cell else 'Model'}, {cell.label if cell else 'compressed'}", ""]
     facts: dict[str, Any] = {"format": format, "parameters": compressed.parameters}

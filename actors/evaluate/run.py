@@ -96,13 +96,16 @@ class EvaluationPlan:
         """Tokens to generate for one cell, at most."""
         return sum(d.samples * d.max_new_tokens for t in self.tasks for d in t.decodings)
 
-    def item_texts(self) -> list[str]:
-        """The question of every item (its last user turn), for the overlap with calibration text."""
-        out = []
+    def item_texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
+        """What each item shows the model, for the overlap with calibration text: its turns, demonstrations too, without the system
+        prompt that many items have in common; and each perplexity window as an item of its own."""
         for task in self.tasks:
             for item in task.items:
-                out.append(next((m.content for m in reversed(task.task.messages(item)) if m.role == "user"), ""))
-        return out
+                yield [m.content for m in task.task.messages(item) if m.role != "system"]
+        if self.config.perplexity is not None:
+            from .perplexity import load_windows
+
+            yield from ([text] for text in tokenizer.batch_decode(load_windows(self.config.perplexity, tokenizer)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Some templates print today's date or open a thinking block: answers would change by the day, or be used up by thoughts.
-_FIXED = {"date_string": "26 Jul 2024", "enable_thinking": False}
+FIXED = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template: str, *, where: str = "evaluation.template") -> None:
@@ -46,7 +46,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> st
 
     def render(turns: Sequence[Message]) -> str:
         chat: list[dict[str, Any]] = [m._asdict() for m in turns]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **_FIXED)  # type: ignore
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **FIXED)  # type: ignore
 
     try:
         return render(messages)

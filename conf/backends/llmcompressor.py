@@ -5,6 +5,14 @@ import sys
 import time
 
 
+def pruned(pattern):
+    """Our N:M, N of M weights kept, in its words: both of its methods set N of M to zero."""
+    if pattern == "unstructured":
+        return "0:0"
+    n, m = map(int, pattern.split(":"))
+    return f"{m - n}:{m}"
+
+
 def recipe(method, params):
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
     from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
@@ -13,10 +21,10 @@ def recipe(method, params):
 
     if method in ("sparsegpt", "wanda"):
         modifier = SparseGPTModifier if method == "sparsegpt" else WandaPruningModifier
-        pattern = "0:0" if params["pattern"] == "unstructured" else params["pattern"]
         more = {"dampening_frac": params["damping"]} if method == "sparsegpt" else {}
+        structure = pruned(params["pattern"])
         return [
-            modifier(sparsity=params["sparsity"], mask_structure=pattern, targets=["Linear"], ignore=["re:.*lm_head"], **more)
+            modifier(sparsity=params["sparsity"], mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"], **more)
         ]
     weights = {
         "num_bits": params["bits"],

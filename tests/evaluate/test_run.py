@@ -155,8 +155,6 @@ def test_plan_counts():
     p = plan(suite="smoke")
     assert p.answers == 12 and [t.name for t in p.tasks] == list(DIMENSIONS)
     assert p.new_tokens == sum(d.max_new_tokens for t in p.tasks for d in t.decodings)
-    texts = p.item_texts()
-    assert len(texts) == 12 and all(texts)
 
 
 def test_sampled_dimensions_give_their_samples(tiny_model, tokenizer):
