@@ -22,7 +22,7 @@ class Skip:
 
 @dataclass
 class Grid:
-    """What a sweep comes to. ``plan`` is the evaluation shared by all cells, ``need`` the resources of each model."""
+    """What a sweep comes to. ``plan`` is the evaluation shared by all cells, ``need`` the models by ``held``."""
 
     cells: list[Cell]
     skipped: list[Skip]
@@ -130,8 +130,11 @@ def _expand_model(
         "suite": config.evaluation.suite,
         "evaluation": grid.plan.digest,
     }
-    grid.need[model.id] = model
-    grid.cells.append(Cell(**base, method="dense"))
+    dense = Cell(**base, method="dense")
+    if twin := next((c for c in grid.cells if c.key == dense.key), None):
+        raise BadInput(f"{model.id!r} in {dtype} is {twin.model!r} again", where=where, fix="Name a model once in each dtype.")
+    grid.need[held(dense)] = model
+    grid.cells.append(dense)
     for block, combinations in blocks:
         if block.method == "dense":
             continue
@@ -185,13 +188,18 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
+def held(cell: Cell) -> str:
+    """What a worker on ``cell`` holds: its model in its dtype. All cells of a sweep that share it share one dense cell."""
+    return f"{cell.model} {cell.dtype}"
+
+
 def order(cells: list[Cell], workers: int) -> list[Cell]:
     """Launch order: dense first, then longest methods first, models interleaved ``workers`` wide so that each worker keeps one model."""
     longest = ("gptq", "sparsegpt", "awq", "gblm", "smoothquant", "wanda", "llm_int8", "nf4", "fp4", "magnitude", "rtn")
     rank = {m: i for i, m in enumerate(longest)}
     by_model: dict[str, list[Cell]] = {}
     for c in cells:
-        by_model.setdefault(c.model + c.dtype, []).append(c)
+        by_model.setdefault(held(c), []).append(c)
     queues = [
         sorted(q, key=lambda c: (c.method != "dense", rank.get(c.method, 0), canonical(dict(c.params))))
         for q in by_model.values()

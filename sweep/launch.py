@@ -33,7 +33,7 @@ from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig, load_config
-from .grid import Grid, expand, order
+from .grid import Grid, expand, held, order
 from .pool import Need, Pool
 from .progress import View
 from .results import load_results
@@ -368,7 +368,7 @@ def room() -> list[dict[str, float]]:
 
 
 def need_of(config: SweepConfig, model: str, grid: Grid, nodes: list[dict[str, float]]) -> Need:
-    """Resources of a cell of ``model``. Without a GPU: CPU workers, a little under whole CPUs so that coordinators fit beside."""
+    """Resources of a cell of ``model`` (its ``held``). Without a GPU: CPU workers, a little under whole CPUs: coordinators fit beside."""
     own, common = grid.need[model], config.resources
     have = any(n.get("GPU") for n in nodes)
     gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
@@ -435,14 +435,14 @@ def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record
 
 
 def batches(cells: list[Cell], most: int) -> list[list[str]]:
-    """Keys in launch order as at most about ``most`` lists, each of one model; one cell a list while that is enough."""
+    """Keys in launch order as at most about ``most`` lists, each of one model in one dtype; one cell a list while that is enough."""
     size = -(-len(cells) // most)
     out: list[list[str]] = []
     open_: dict[str, list[str]] = {}
     for cell in cells:
-        batch = open_.get(cell.model)
+        batch = open_.get(held(cell))
         if batch is None or len(batch) == size:
-            batch = open_[cell.model] = []
+            batch = open_[held(cell)] = []
             out.append(batch)
         batch.append(cell.key)
     return out
@@ -511,7 +511,7 @@ class PoolActor(Pool):
         self.name, self.needs, self.config, self.executor = name, needs, config, executor
         self.max_failures, self.failures = max_failures, 0
         self.cells = {c.key: c for c in (Cell(**d) for d in cells)}
-        super().__init__(self._make, [(c.key, c.model, c.method == "dense") for c in self.cells.values()], limit)
+        super().__init__(self._make, [(c.key, held(c), c.method == "dense") for c in self.cells.values()], limit)
 
     def _make(self, need: Need, number: int) -> Any:
         import ray
@@ -539,7 +539,7 @@ class PoolActor(Pool):
             self.states[key] = "stopped"
             return None
         cell = self.cells[key]
-        number, handle = await self.acquire(key, cell.model, cell.method == "dense", self.needs[cell.model])
+        number, handle = await self.acquire(key, held(cell), cell.method == "dense", self.needs[held(cell)])
         return cell, number, handle
 
     async def finish(self, key: str, model: str, dense: bool, state: str, row: dict[str, Any] | None = None) -> None:
@@ -613,14 +613,14 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         if got is None:
             return
         cell, number, handle = got
-        dense = cell.method == "dense"
+        model, dense = held(cell), cell.method == "dense"
         start, died, lost, row = datetime.now(UTC), None, None, {}
         try:
             ray.get(handle.ready.remote())  # a node that has yet to come is no time of the cell
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
-            if not dense and ray.get(broker.wait_dense.remote(cell.model)) == "queued":
+            if not dense and ray.get(broker.wait_dense.remote(model)) == "queued":
                 # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
-                ray.get(broker.release.remote(number, cell.model))
+                ray.get(broker.release.remote(number, model))
                 time.sleep(0.5)
                 continue
             row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=timeout_s)
@@ -630,7 +630,7 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
             died, lost = "retire", ("Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
         except RayTaskError as e:  # beyond what a worker records by itself: a full disk, above all
             lost = type(e.cause).__name__, str(e.cause)
-        withdrawn = ray.get(broker.release.remote(number, None if died else cell.model, died == "dead", died == "retire"))
+        withdrawn = ray.get(broker.release.remote(number, None if died else model, died == "dead", died == "retire"))
         if lost and not withdrawn:
             row = cell_row(
                 cell, attempts=attempt, status="failed", error_type=lost[0], error=lost[1][:2000], started_at=start,
@@ -641,9 +641,9 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         curable = row and row["status"] == "failed" and row["error_type"] in ("WorkerDied", *OUT_OF_MEMORY)
         if withdrawn or (curable and attempt < attempts):
             if dense:
-                ray.get(broker.dense_running.remote(cell.model, "queued"))
+                ray.get(broker.dense_running.remote(model, "queued"))
             if not withdrawn:
                 attempt, scale = attempt + 1, scale if died else scale / 2
             continue
-        ray.get(broker.finish.remote(key, cell.model, dense, row["status"], row))
+        ray.get(broker.finish.remote(key, model, dense, row["status"], row))
         return

@@ -212,6 +212,23 @@ def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path
     assert len(holds) == 2
 
 
+def test_two_dtypes_of_a_model_have_a_dense_cell_each(tiny, tmp_path):
+    """One dense cell done lets no cell of the other dtype begin, and the other's still comes first."""
+    sweep = Sweep(tiny, tmp_path, 0.5)
+    models = [{"id": str(tiny), "dtype": d} for d in ("float32", "bfloat16")]
+    config = {**sweep_dict([], sweep.results, resources={"workers": 3}), "models": models}
+    sweep.yaml.write_text(json.dumps(config))
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == 2 * CELLS, err
+    rows = {r["key"]: r for r in load_results(sweep.results).rows("select key, dtype, method from cells")}
+    ready = set()
+    for word, key, *_ in sweep.lines():
+        if word == "start" and rows[key]["method"] != "dense":
+            assert rows[key]["dtype"] in ready, key
+        if word == "done" and rows[key]["method"] == "dense":
+            ready.add(rows[key]["dtype"])
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 400 KiB, if this machine lets us mount one."""
