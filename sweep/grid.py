@@ -34,17 +34,20 @@ class Grid:
         return [c.key for c in self.cells]
 
 
-def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None) -> Grid:
+def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None, *, installed: bool = True) -> Grid:
     """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights.
 
-    Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data.
+    Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data; and for
+    ``uninstalled`` environments unless ``installed`` is False: to list cells takes none.
     """
     from ..actors.evaluate.data import load_pack
     from ..actors.evaluate.run import plan_evaluation
 
-    blocks = [_checked(block, i) for i, block in enumerate(config.methods)]
+    blocks = [checked(block, i) for i, block in enumerate(config.methods)]
     _check_exclude(config)
     _check_engine(config)
+    if (absent := uninstalled(config)) and installed:
+        raise absent[0]
     plan = plan_evaluation(config.evaluation, load_pack())
     grid = Grid([], [], plan)
     for i, model in enumerate(config.models):
@@ -58,7 +61,7 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
     return grid
 
 
-def _checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[str, Any]]]:
+def checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[str, Any]]]:
     """The block with its parameter combinations, each validated against its method; sweeps fail here, before any model is read."""
     from ..actors import compress
     from ..actors.compress import backends
@@ -100,6 +103,25 @@ def _check_engine(config: SweepConfig) -> None:
         )
 
 
+def uninstalled(config: SweepConfig) -> list[BadInput]:
+    """An error for each environment that the sweep needs, of a backend or of vLLM, and that is not ready here."""
+    from ..actors.compress import backends
+    from ..actors.evaluate.vllm_ import check_engine
+
+    found = [
+        BadInput(f"{block.backend!r}: {problem}", where=f"methods[{i}].backend", fix=f"comptrust backends install {block.backend}")
+        for i, block in enumerate(config.methods)
+        if block.backend != "comptrust" and (problem := backends.problem(block.backend))
+    ]
+    try:
+        check_engine(config.evaluation)
+    except BadInput as e:
+        if e.where != "evaluation.engine":
+            raise
+        found.append(e)
+    return found
+
+
 def excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
     def fits(want: Any, have: Any) -> bool:
         return have in want if isinstance(want, list | tuple) else have == want
@@ -121,7 +143,7 @@ def _expand_model(
     dtype = model.dtype or default_dtype()
     if unsupported := compress.incompatible("dense", {}, hf_config):
         raise BadInput(unsupported, where=where)
-    check_evaluation(config.evaluation, tokenizer)
+    check_evaluation(config.evaluation.model_copy(update={"engine": "transformers"}), tokenizer)  # ``uninstalled`` saw to vLLM
     base = {
         "model": model.id,
         "revision": ref.revision,

@@ -99,10 +99,9 @@ def run_sweep(
             grid = expand(config, view.progress)
             done = record.done()
         todo = [c for c in grid.cells if c.key not in done]
-        identity = register(record, config, grid)
         view.plan(config, grid, len(grid.cells) - len(todo))
         outcome = Outcome(
-            identity,
+            "",
             config.results,
             len(grid.cells),
             len(grid.cells) - len(todo),
@@ -111,10 +110,12 @@ def run_sweep(
             0.0,
             stages=view.stages,
         )
-        if todo:
+        if not todo:
+            outcome.sweep = register(record, config, grid)
+        else:
             # Ray and Tune print to stdout whenever a process ends, the sink's included; ours goes to stderr.
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-                _launch(config, record, grid, todo, identity, address, view, executor, outcome)
+                _launch(config, record, grid, todo, address, view, executor, outcome)
         outcome.seconds = time.monotonic() - start
     return outcome
 
@@ -152,11 +153,19 @@ def _check_wandb(config: SweepConfig) -> None:
 
 
 def register(record: Record, config: SweepConfig, grid: Grid) -> str:
-    """Write ``sweeps/<id>.json`` (config, keys). A sweep of the same name in this record keeps its id, and the keys it had before."""
+    """Write ``sweeps/<id>.json``: config, keys, and of ``earlier`` forms of the sweep the keys that no later form has.
+
+    A sweep of the same name in this record keeps its id.
+    """
+    earlier: list[dict[str, Any]] = []
     for path in record.list("sweeps", ".json"):
         known = record.get_json(path)
         if known["name"] == config.name:
-            identity = known["id"]
+            identity, seen = known["id"], set(grid.keys)
+            for form in [known, *known.get("earlier", [])]:  # newest first
+                if keys := [k for k in form["keys"] if k not in seen]:
+                    earlier.append({"config": form["config"], "keys": keys})
+                    seen.update(keys)
             break
     else:
         identity = uuid.uuid4().hex[:8]
@@ -169,6 +178,7 @@ def register(record: Record, config: SweepConfig, grid: Grid) -> str:
             "keys": grid.keys,
             "labels": {c.key: f"{c.model} {c.label}" for c in grid.cells},
             "skipped": [vars(s) for s in grid.skipped],
+            "earlier": earlier,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
@@ -229,8 +239,8 @@ def _catch_sigterm() -> None:
 
 
 def _launch(
-    config: SweepConfig, record: Record, grid: Grid, todo: list[Cell], identity: str, address: str | None, view: View,
-    executor: str, outcome: Outcome,
+    config: SweepConfig, record: Record, grid: Grid, todo: list[Cell], address: str | None, view: View, executor: str,
+    outcome: Outcome,
 ) -> None:  # fmt: skip
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -249,6 +259,7 @@ def _launch(
         nodes = room()
         needs = {m: need_of(config, m, grid, nodes) for m in grid.need}
         workers = min(check_room(config, needs, nodes), len(todo))
+        outcome.sweep = identity = register(record, config, grid)  # not before: what no node can run leaves no trace
         run = uuid.uuid4().hex[:6]
         worker_config = WorkerConfig(
             record=config.results if "://" in config.results else record.root,
@@ -452,6 +463,15 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
     """Feed the live view, the sink and ``progress/<id>.json`` (for `comptrust status` elsewhere) from the pool, twice a second."""
     import ray
 
+    state: dict[str, Any] = {}
+
+    def write(ended: bool) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
+            if state:
+                record.put_json(
+                    f"progress/{identity}.json", {**state, "ended": ended, "updated": datetime.now(UTC).isoformat()}
+                )
+
     wrote, heard, here = 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
     if outcome.done and view.console.is_terminal:  # the live frontier counts cells of earlier runs too
         known = load_results(record.uri).rows("select key, size_bytes, trust, perplexity from results where status = 'done'")
@@ -464,9 +484,10 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
         except Exception as e:  # the cluster is going down: the sweep's own end reports it
             log.debug("no snapshot: %s", e)
             if not last and time.monotonic() - heard > SILENCE_S:
+                write(ended=True)
                 return _end(f"no word from Ray for {SILENCE_S:g} s", outcome, view, stop)
             if last:
-                return
+                return write(ended=True)
             stop.wait(1)
             continue
         for row in snap["finished"]:
@@ -476,17 +497,16 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
                 sink.cell(row)
         outcome.loads = snap["loads"]
         view.update(snap, outcome)
+        state = view.state(snap, outcome)
         if sink is not None:
             sink.progress(outcome, snap)
             sink.draw(last)
         if last or time.monotonic() - wrote > 5:
             wrote = time.monotonic()
             if not last and not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == here):
+                write(ended=True)
                 return _end("Ray died on this node", outcome, view, stop)  # its workers live on, and Tune waits for ever
-            with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
-                record.put_json(
-                    f"progress/{identity}.json", {**view.state(snap, outcome), "updated": datetime.now(UTC).isoformat()}
-                )
+            write(ended=last)
         if last:
             return
         stop.wait(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -115,9 +116,31 @@ def test_plan_counts_cells_of_a_model_on_a_hub_out_of_reach(tmp_path, monkeypatc
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    found = plan(load_config(sweep_dict(["nobody/nothing-7b"], tmp_path)))
-    assert found["cells"] == 8 and found["models"][0]["parameters"] == 7e9
+    config = sweep_dict(["nobody/nothing-7b"], tmp_path)
+    config["methods"].append({"method": "awq", "backend": "autoawq", "clip": [True, False]})
+    found = plan(load_config(config))
+    assert found["cells"] == 10 and found["models"][0]["parameters"] == 7e9
     assert "the hub cannot be reached" in found["note"] and "cells have no keys yet" in found["note"]
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (
+            {"methods": [{"method": "awq", "backend": "autoawq", "group_size": 32}]},
+            "methods[0].backend: 'autoawq': not installed. comptrust backends install autoawq",
+        ),
+        (
+            {"evaluation": {"suite": "smoke", "dimensions": ["ethics"], "engine": "vllm"}},
+            "evaluation.engine: 'vllm': its environment is not installed. comptrust backends install vllm",
+        ),
+    ],
+)
+def test_an_absent_environment_stops_run_and_is_a_note_in_plan(tiny, tmp_path, more, problem):
+    config = load_config(sweep_dict([tiny], tmp_path, methods=more.pop("methods", []), **more))
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        expand(config)
+    assert problem in plan(config)["note"]
 
 
 def test_an_unsupported_architecture_is_refused_before_any_work(tiny, tmp_path):
@@ -178,7 +201,7 @@ def test_command_line_exits_2_with_one_line(tiny, tmp_path):
         assert done.returncode == 2, (args, done.stdout, done.stderr)
         assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.stdout == ""
-    assert not (tmp_path / "results" / "cells").exists()
+    assert not (tmp_path / "results" / "cells").exists() and not (tmp_path / "results" / "sweeps").exists()
 
 
 def test_plan_loads_no_weights_and_runs_nothing(tiny, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from comptrust.actors.record import Record
+from comptrust.sweep.export import find_cell
 from comptrust.sweep.pool import AFFINITY_WAIT_S
 from comptrust.sweep.results import load_results
 from comptrust.sweep.status import status
@@ -129,6 +130,7 @@ def test_signals_leave_a_resumable_sweep(tiny, tmp_path, number):
     out, err = driver.communicate(timeout=90)
     assert driver.returncode == 130, err
     assert json.loads(out.splitlines()[-1])["interrupted"] is True
+    assert status(str(sweep.results))["sweeps"][0]["running"] is False
     before = {r["key"] for r in load_results(sweep.results).rows("select key from cells")}
     assert 2 <= len(before) < CELLS
     code, outcome, err = sweep.finish()
@@ -155,6 +157,14 @@ def test_second_driver_on_a_folder_is_refused_and_a_second_run_does_nothing(tiny
     code, outcome, err = sweep.finish()
     assert code == 0 and outcome["done"] == CELLS + 1, err
     sweep.check(CELLS + 1)
+    # and one that lost a block twice forgets none
+    gone = [r["key"] for r in load_results(sweep.results).rows("select key from cells where method in ('rtn', 'wanda')")]
+    for method in ("rtn", "wanda"):
+        config["methods"] = [m for m in config["methods"] if m["method"] != method]
+        sweep.yaml.write_text(json.dumps(config))
+        assert sweep.finish()[0] == 0
+    assert status(str(sweep.results))["sweeps"][0]["total"] == CELLS + 1 - len(gone) == 4
+    assert [find_cell(str(sweep.results), key)[0].key for key in gone] == gone
 
 
 def test_a_bad_cell_is_a_row_and_the_sweep_goes_on(tiny, tmp_path):
