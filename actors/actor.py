@@ -255,9 +255,9 @@ class Worker:
         return ("kernel", " ".join(kernels)) if kernels else ("simulated", None)
 
     def _reference(self, cell: Cell) -> Any:
-        """The dense cell's reference outputs, or None if the dense cell failed."""
+        """The dense cell's reference outputs, or None while there are none: the dense cell failed, and may be tried again."""
         key = dense_of(cell).key
-        if key not in self._references:
+        if self._references.get(key) is None:
             self._references[key] = self.record.get_tensors(f"reference/{key}.safetensors")
         return self._references[key]
 

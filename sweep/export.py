@@ -18,8 +18,8 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict]:
     row = results.rows("select * from results where key = ?", [key])[0]
     for path in results.record.list("sweeps", ".json"):
         sweep = results.record.get_json(path)
-        if key in sweep["keys"]:
-            for cell in expand(config_of(sweep)).cells:
+        for form in [sweep, *sweep.get("earlier", [])]:
+            for cell in expand(config_of(form), installed=False).cells if key in form["keys"] else ():
                 if cell.key == key:
                     return cell, row
     raise BadInput(

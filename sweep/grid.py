@@ -22,7 +22,7 @@ class Skip:
 
 @dataclass
 class Grid:
-    """What a sweep comes to. ``plan`` is the evaluation shared by all cells, ``need`` the resources of each model."""
+    """What a sweep comes to. ``plan`` is the evaluation shared by all cells, ``need`` the models by ``held``."""
 
     cells: list[Cell]
     skipped: list[Skip]
@@ -34,17 +34,20 @@ class Grid:
         return [c.key for c in self.cells]
 
 
-def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None) -> Grid:
+def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None, *, installed: bool = True) -> Grid:
     """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights.
 
-    Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data.
+    Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data; and for
+    ``uninstalled`` environments unless ``installed`` is False: to list cells takes none.
     """
     from ..actors.evaluate.data import load_pack
     from ..actors.evaluate.run import plan_evaluation
 
-    blocks = [_checked(block, i) for i, block in enumerate(config.methods)]
+    blocks = [checked(block, i) for i, block in enumerate(config.methods)]
     _check_exclude(config)
     _check_engine(config)
+    if (absent := uninstalled(config)) and installed:
+        raise absent[0]
     plan = plan_evaluation(config.evaluation, load_pack())
     grid = Grid([], [], plan)
     for i, model in enumerate(config.models):
@@ -58,7 +61,7 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
     return grid
 
 
-def _checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[str, Any]]]:
+def checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[str, Any]]]:
     """The block with its parameter combinations, each validated against its method; sweeps fail here, before any model is read."""
     from ..actors import compress
     from ..actors.compress import backends
@@ -100,6 +103,25 @@ def _check_engine(config: SweepConfig) -> None:
         )
 
 
+def uninstalled(config: SweepConfig) -> list[BadInput]:
+    """An error for each environment that the sweep needs, of a backend or of vLLM, and that is not ready here."""
+    from ..actors.compress import backends
+    from ..actors.evaluate.vllm_ import check_engine
+
+    found = [
+        BadInput(f"{block.backend!r}: {problem}", where=f"methods[{i}].backend", fix=f"comptrust backends install {block.backend}")
+        for i, block in enumerate(config.methods)
+        if block.backend != "comptrust" and (problem := backends.problem(block.backend))
+    ]
+    try:
+        check_engine(config.evaluation)
+    except BadInput as e:
+        if e.where != "evaluation.engine":
+            raise
+        found.append(e)
+    return found
+
+
 def excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
     def fits(want: Any, have: Any) -> bool:
         return have in want if isinstance(want, list | tuple) else have == want
@@ -121,7 +143,7 @@ def _expand_model(
     dtype = model.dtype or default_dtype()
     if unsupported := compress.incompatible("dense", {}, hf_config):
         raise BadInput(unsupported, where=where)
-    check_evaluation(config.evaluation, tokenizer)
+    check_evaluation(config.evaluation.model_copy(update={"engine": "transformers"}), tokenizer)  # ``uninstalled`` saw to vLLM
     base = {
         "model": model.id,
         "revision": ref.revision,
@@ -130,8 +152,11 @@ def _expand_model(
         "suite": config.evaluation.suite,
         "evaluation": grid.plan.digest,
     }
-    grid.need[model.id] = model
-    grid.cells.append(Cell(**base, method="dense"))
+    dense = Cell(**base, method="dense")
+    if twin := next((c for c in grid.cells if c.key == dense.key), None):
+        raise BadInput(f"{model.id!r} in {dtype} is {twin.model!r} again", where=where, fix="Name a model once in each dtype.")
+    grid.need[held(dense)] = model
+    grid.cells.append(dense)
     for block, combinations in blocks:
         if block.method == "dense":
             continue
@@ -185,13 +210,18 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
+def held(cell: Cell) -> str:
+    """What a worker on ``cell`` holds: its model in its dtype. All cells of a sweep that share it share one dense cell."""
+    return f"{cell.model} {cell.dtype}"
+
+
 def order(cells: list[Cell], workers: int) -> list[Cell]:
     """Launch order: dense first, then longest methods first, models interleaved ``workers`` wide so that each worker keeps one model."""
     longest = ("gptq", "sparsegpt", "awq", "gblm", "smoothquant", "wanda", "llm_int8", "nf4", "fp4", "magnitude", "rtn")
     rank = {m: i for i, m in enumerate(longest)}
     by_model: dict[str, list[Cell]] = {}
     for c in cells:
-        by_model.setdefault(c.model + c.dtype, []).append(c)
+        by_model.setdefault(held(c), []).append(c)
     queues = [
         sorted(q, key=lambda c: (c.method != "dense", rank.get(c.method, 0), canonical(dict(c.params))))
         for q in by_model.values()

@@ -33,7 +33,7 @@ from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig, load_config
-from .grid import Grid, expand, order
+from .grid import Grid, expand, held, order
 from .pool import Need, Pool
 from .progress import View
 from .results import load_results
@@ -99,10 +99,9 @@ def run_sweep(
             grid = expand(config, view.progress)
             done = record.done()
         todo = [c for c in grid.cells if c.key not in done]
-        identity = register(record, config, grid)
         view.plan(config, grid, len(grid.cells) - len(todo))
         outcome = Outcome(
-            identity,
+            "",
             config.results,
             len(grid.cells),
             len(grid.cells) - len(todo),
@@ -111,10 +110,12 @@ def run_sweep(
             0.0,
             stages=view.stages,
         )
-        if todo:
+        if not todo:
+            outcome.sweep = register(record, config, grid)
+        else:
             # Ray and Tune print to stdout whenever a process ends, the sink's included; ours goes to stderr.
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-                _launch(config, record, grid, todo, identity, address, view, executor, outcome)
+                _launch(config, record, grid, todo, address, view, executor, outcome)
         outcome.seconds = time.monotonic() - start
     return outcome
 
@@ -152,11 +153,19 @@ def _check_wandb(config: SweepConfig) -> None:
 
 
 def register(record: Record, config: SweepConfig, grid: Grid) -> str:
-    """Write ``sweeps/<id>.json`` (config, keys). A sweep of the same name in this record keeps its id, and the keys it had before."""
+    """Write ``sweeps/<id>.json``: config, keys, and of ``earlier`` forms of the sweep the keys that no later form has.
+
+    A sweep of the same name in this record keeps its id.
+    """
+    earlier: list[dict[str, Any]] = []
     for path in record.list("sweeps", ".json"):
         known = record.get_json(path)
         if known["name"] == config.name:
-            identity = known["id"]
+            identity, seen = known["id"], set(grid.keys)
+            for form in [known, *known.get("earlier", [])]:  # newest first
+                if keys := [k for k in form["keys"] if k not in seen]:
+                    earlier.append({"config": form["config"], "keys": keys})
+                    seen.update(keys)
             break
     else:
         identity = uuid.uuid4().hex[:8]
@@ -169,6 +178,7 @@ def register(record: Record, config: SweepConfig, grid: Grid) -> str:
             "keys": grid.keys,
             "labels": {c.key: f"{c.model} {c.label}" for c in grid.cells},
             "skipped": [vars(s) for s in grid.skipped],
+            "earlier": earlier,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
@@ -229,8 +239,8 @@ def _catch_sigterm() -> None:
 
 
 def _launch(
-    config: SweepConfig, record: Record, grid: Grid, todo: list[Cell], identity: str, address: str | None, view: View,
-    executor: str, outcome: Outcome,
+    config: SweepConfig, record: Record, grid: Grid, todo: list[Cell], address: str | None, view: View, executor: str,
+    outcome: Outcome,
 ) -> None:  # fmt: skip
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -249,6 +259,7 @@ def _launch(
         nodes = room()
         needs = {m: need_of(config, m, grid, nodes) for m in grid.need}
         workers = min(check_room(config, needs, nodes), len(todo))
+        outcome.sweep = identity = register(record, config, grid)  # not before: what no node can run leaves no trace
         run = uuid.uuid4().hex[:6]
         worker_config = WorkerConfig(
             record=config.results if "://" in config.results else record.root,
@@ -368,7 +379,7 @@ def room() -> list[dict[str, float]]:
 
 
 def need_of(config: SweepConfig, model: str, grid: Grid, nodes: list[dict[str, float]]) -> Need:
-    """Resources of a cell of ``model``. Without a GPU: CPU workers, a little under whole CPUs so that coordinators fit beside."""
+    """Resources of a cell of ``model`` (its ``held``). Without a GPU: CPU workers, a little under whole CPUs: coordinators fit beside."""
     own, common = grid.need[model], config.resources
     have = any(n.get("GPU") for n in nodes)
     gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
@@ -435,14 +446,14 @@ def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record
 
 
 def batches(cells: list[Cell], most: int) -> list[list[str]]:
-    """Keys in launch order as at most about ``most`` lists, each of one model; one cell a list while that is enough."""
+    """Keys in launch order as at most about ``most`` lists, each of one model in one dtype; one cell a list while that is enough."""
     size = -(-len(cells) // most)
     out: list[list[str]] = []
     open_: dict[str, list[str]] = {}
     for cell in cells:
-        batch = open_.get(cell.model)
+        batch = open_.get(held(cell))
         if batch is None or len(batch) == size:
-            batch = open_[cell.model] = []
+            batch = open_[held(cell)] = []
             out.append(batch)
         batch.append(cell.key)
     return out
@@ -451,6 +462,15 @@ def batches(cells: list[Cell], most: int) -> list[list[str]]:
 def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome, view: View, stop: threading.Event) -> None:
     """Feed the live view, the sink and ``progress/<id>.json`` (for `comptrust status` elsewhere) from the pool, twice a second."""
     import ray
+
+    state: dict[str, Any] = {}
+
+    def write(ended: bool) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
+            if state:
+                record.put_json(
+                    f"progress/{identity}.json", {**state, "ended": ended, "updated": datetime.now(UTC).isoformat()}
+                )
 
     wrote, heard, here = 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
     if outcome.done and view.console.is_terminal:  # the live frontier counts cells of earlier runs too
@@ -464,9 +484,10 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
         except Exception as e:  # the cluster is going down: the sweep's own end reports it
             log.debug("no snapshot: %s", e)
             if not last and time.monotonic() - heard > SILENCE_S:
+                write(ended=True)
                 return _end(f"no word from Ray for {SILENCE_S:g} s", outcome, view, stop)
             if last:
-                return
+                return write(ended=True)
             stop.wait(1)
             continue
         for row in snap["finished"]:
@@ -476,17 +497,16 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
                 sink.cell(row)
         outcome.loads = snap["loads"]
         view.update(snap, outcome)
+        state = view.state(snap, outcome)
         if sink is not None:
             sink.progress(outcome, snap)
             sink.draw(last)
         if last or time.monotonic() - wrote > 5:
             wrote = time.monotonic()
             if not last and not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == here):
+                write(ended=True)
                 return _end("Ray died on this node", outcome, view, stop)  # its workers live on, and Tune waits for ever
-            with contextlib.suppress(OSError):  # a full disk must not end the view; the cells report it themselves
-                record.put_json(
-                    f"progress/{identity}.json", {**view.state(snap, outcome), "updated": datetime.now(UTC).isoformat()}
-                )
+            write(ended=last)
         if last:
             return
         stop.wait(0.5)
@@ -511,7 +531,7 @@ class PoolActor(Pool):
         self.name, self.needs, self.config, self.executor = name, needs, config, executor
         self.max_failures, self.failures = max_failures, 0
         self.cells = {c.key: c for c in (Cell(**d) for d in cells)}
-        super().__init__(self._make, [(c.key, c.model, c.method == "dense") for c in self.cells.values()], limit)
+        super().__init__(self._make, [(c.key, held(c), c.method == "dense") for c in self.cells.values()], limit)
 
     def _make(self, need: Need, number: int) -> Any:
         import ray
@@ -539,7 +559,7 @@ class PoolActor(Pool):
             self.states[key] = "stopped"
             return None
         cell = self.cells[key]
-        number, handle = await self.acquire(key, cell.model, cell.method == "dense", self.needs[cell.model])
+        number, handle = await self.acquire(key, held(cell), cell.method == "dense", self.needs[held(cell)])
         return cell, number, handle
 
     async def finish(self, key: str, model: str, dense: bool, state: str, row: dict[str, Any] | None = None) -> None:
@@ -613,14 +633,14 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         if got is None:
             return
         cell, number, handle = got
-        dense = cell.method == "dense"
+        model, dense = held(cell), cell.method == "dense"
         start, died, lost, row = datetime.now(UTC), None, None, {}
         try:
             ray.get(handle.ready.remote())  # a node that has yet to come is no time of the cell
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
-            if not dense and ray.get(broker.wait_dense.remote(cell.model)) == "queued":
+            if not dense and ray.get(broker.wait_dense.remote(model)) == "queued":
                 # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
-                ray.get(broker.release.remote(number, cell.model))
+                ray.get(broker.release.remote(number, model))
                 time.sleep(0.5)
                 continue
             row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=timeout_s)
@@ -630,7 +650,7 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
             died, lost = "retire", ("Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
         except RayTaskError as e:  # beyond what a worker records by itself: a full disk, above all
             lost = type(e.cause).__name__, str(e.cause)
-        withdrawn = ray.get(broker.release.remote(number, None if died else cell.model, died == "dead", died == "retire"))
+        withdrawn = ray.get(broker.release.remote(number, None if died else model, died == "dead", died == "retire"))
         if lost and not withdrawn:
             row = cell_row(
                 cell, attempts=attempt, status="failed", error_type=lost[0], error=lost[1][:2000], started_at=start,
@@ -641,9 +661,9 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         curable = row and row["status"] == "failed" and row["error_type"] in ("WorkerDied", *OUT_OF_MEMORY)
         if withdrawn or (curable and attempt < attempts):
             if dense:
-                ray.get(broker.dense_running.remote(cell.model, "queued"))
+                ray.get(broker.dense_running.remote(model, "queued"))
             if not withdrawn:
                 attempt, scale = attempt + 1, scale if died else scale / 2
             continue
-        ray.get(broker.finish.remote(key, cell.model, dense, row["status"], row))
+        ray.get(broker.finish.remote(key, model, dense, row["status"], row))
         return

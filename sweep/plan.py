@@ -9,7 +9,7 @@ from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig
-from .grid import excluded, expand
+from .grid import checked, excluded, expand, held, uninstalled
 
 #: Sustained share of a GPU's dense bf16 peak in forward passes of compression and prefill (an H100 reaches about 40%), FLOP/s.
 FLOPS = 400e12
@@ -21,6 +21,8 @@ PASSES = {
     "awq": 4, "gblm": 6,
 }  # fmt: skip
 DECODE_BATCH = 64
+#: What ``models.resolve`` says of a hub model that may exist though this machine cannot see it.
+UNREACHABLE = ("the hub cannot be reached", " is gated")
 CHARS_PER_TOKEN = 4
 
 
@@ -29,28 +31,28 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     from ..actors import models
 
     try:
-        grid = expand(config)
+        grid = expand(config, installed=False)
     except BadInput as e:
-        if not e.where.startswith("models[") and "hub" not in e.problem:
+        if not any(word in e.problem for word in UNREACHABLE):
             raise
         return _unresolved(config, e)
     prompt = _prompt_tokens(grid.plan)
     record = Record(config.results)
     done = record.done()
     per_model = []
-    for model in grid.need:
-        ref = models.resolve(model)
+    for name, model in grid.need.items():
+        ref = models.resolve(model.id, allow_bin=model.allow_bin)
         params = parameters(models.load_config(ref))
-        cells = [c for c in grid.cells if c.model == model]
+        cells = [c for c in grid.cells if held(c) == name]
         width = 4 if cells[0].dtype == "float32" else 2
         seconds = sum(
             _seconds(c.method, _tokens(c), params, width, prompt, grid.plan.new_tokens) for c in cells if c.key not in done
         )
         per_model.append(
-            _row(model, ref.revision, params, len(cells), sum(c.key in done for c in cells), seconds, width, config)
+            _row(model.id, ref.revision, cells[0].dtype, params, len(cells), sum(c.key in done for c in cells), seconds, width, config)
         )
     listed = [{"key": c.key, "model": c.model, "cell": c.label, "done": c.key in done} for c in grid.cells]
-    return _answer(config, listed, [vars(s) for s in grid.skipped], per_model, None)
+    return _answer(config, listed, [vars(s) for s in grid.skipped], per_model, [])
 
 
 def _prompt_tokens(evaluation: Any) -> float:
@@ -69,13 +71,13 @@ def _seconds(method: str, calibration: float, params: int, width: int, prompt: f
 
 
 def _row(
-    model: str, revision: str | None, params: int | None, cells: int, done: int, seconds: float | None, width: int, config: SweepConfig
+    model: str, revision: str | None, dtype: str | None, params: int | None, cells: int, done: int, seconds: float | None, width: int, config: SweepConfig
 ) -> dict[str, Any]:  # fmt: skip
     size = (params or 0) * width
     share = config.resources.cache_gb / len(config.models)
     cached = min(size * cells / 1e9, share)
     return {
-        "model": model, "revision": revision, "parameters": params, "cells": cells, "done": done,
+        "model": model, "revision": revision, "dtype": dtype, "parameters": params, "cells": cells, "done": done,
         "memory_gb": round(size * 1.3 / 1e9 + 1, 1) if params else None,
         "gpu_hours": round(seconds / 3600, 2) if seconds is not None else None,
         "disk_gb": round(cached + size / 1e9, 1) if params else None,
@@ -83,8 +85,9 @@ def _row(
 
 
 def _answer(
-    config: SweepConfig, cells: list[dict[str, Any]], skipped: list[dict[str, Any]], per_model: list[dict[str, Any]], note: str | None
+    config: SweepConfig, cells: list[dict[str, Any]], skipped: list[dict[str, Any]], per_model: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:  # fmt: skip
+    notes = [*notes, *(f"{e}: `run` needs it" for e in uninstalled(config))]
     return {
         "sweep": config.name,
         "results": config.results,
@@ -95,7 +98,7 @@ def _answer(
         "list": cells,
         "skipped": skipped,
         "absent": list(config.absent),
-        "note": note,
+        "note": "\n".join(notes) or None,
         "gpu_hours": round(sum(m["gpu_hours"] or 0 for m in per_model), 2),
         "disk_gb": round(sum(m["disk_gb"] or 0 for m in per_model), 1),
     }
@@ -104,24 +107,28 @@ def _answer(
 def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
     """A plan for models that cannot be reached from here: cells counted without keys, sizes read from the names (``13b``)."""
     from ..actors import compress
+    from ..actors.compress import backends
     from ..actors.evaluate.data import load_pack
     from ..actors.evaluate.run import plan_evaluation
 
     evaluation = plan_evaluation(config.evaluation, load_pack())
     prompt = _prompt_tokens(evaluation)
+    blocks = [checked(block, i) for i, block in enumerate(config.methods)]
     per_model, cells = [], []
     for model in config.models:
         size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", model.id.lower())
         params = int(float(size[1]) * 1e9) if size else None
         mine = [{"key": None, "model": model.id, "cell": "dense", "done": False}]
         seconds = _seconds("dense", 0, params or 0, 2, prompt, evaluation.new_tokens)
-        for block in config.methods:
+        for block, combinations in blocks:
             if block.method == "dense":
                 continue
-            needs = compress.METHODS[block.method].needs_calibration
+            if block.backend == "comptrust":
+                needs = compress.METHODS[block.method].needs_calibration
+            else:
+                needs = backends.needs_calibration(block.backend, block.method)
             axes = (block.calibration or config.calibration).expand() if needs else [None]
-            for given in block.params():
-                filled = compress.check(block.method, given, where="methods")
+            for filled in combinations:
                 for c in axes:
                     facts = {
                         **(c.model_dump() if c else {}),
@@ -138,8 +145,8 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
                     mine.append({"key": None, "model": model.id, "cell": cell.label + seed, "done": False})
                     seconds += _seconds(block.method, tokens, params or 0, 2, prompt, evaluation.new_tokens)
         cells += mine
-        per_model.append(_row(model.id, None, params, len(mine), 0, seconds if params else None, 2, config))
-    return _answer(config, cells, [], per_model, f"{why}: cells have no keys yet, sizes are read from the names")
+        per_model.append(_row(model.id, None, model.dtype, params, len(mine), 0, seconds if params else None, 2, config))
+    return _answer(config, cells, [], per_model, [f"{why}: cells have no keys yet, sizes are read from the names"])
 
 
 def parameters(config: Any) -> int:

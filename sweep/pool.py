@@ -3,7 +3,7 @@
 Rules. Dense cells first; a cell waits until its model's dense cell is done or has failed. A free worker takes a cell of the model it
 holds; it changes model only when no cell of its model is left to come. Workers are added while cells wait and there is room, idle ones
 give their GPU back. A worker that no node has room for yet (an autoscaler may bring one) loses its cell to one that is free. A worker is
-made for one kind of need (GPUs, CPUs, memory) and dies with its driver: nothing is detached.
+made for one kind of need (GPUs, CPUs, memory) and dies with its driver: nothing is detached. A model here is a model in one dtype.
 """
 
 from __future__ import annotations

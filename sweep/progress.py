@@ -57,8 +57,9 @@ class View:
         """What is about to happen."""
         self.labels = {c.key: f"{c.model.split('/')[-1]} {c.label}" for c in grid.cells}
         self.total, self.before = len(grid.cells), done
+        models = len({c.model for c in grid.cells})
         self.console.print(
-            f"[bold]{config.name}[/]: {len(grid.cells)} cells of {len(grid.need)} model(s), {done} done, {len(grid.cells) - done} to do"
+            f"[bold]{config.name}[/]: {len(grid.cells)} cells of {models} model(s), {done} done, {len(grid.cells) - done} to do"
             f" · suite {config.evaluation.suite} · results in {config.results}"
         )
         for skip in grid.skipped:

@@ -34,7 +34,8 @@ def status(uri: str) -> dict[str, Any]:
         live = record.get_json(f"progress/{s['id']}.json")
         age = (datetime.now(UTC) - datetime.fromisoformat(live["updated"])).total_seconds() if live else None
         # A clock ahead of ours makes a negative age: that driver is alive.
-        running = live is not None and age < SILENT_AFTER_S and live["done"] + live["failed"] < live["total"]
+        running = live is not None and not live.get("ended") and age < SILENT_AFTER_S
+        running = running and live["done"] + live["failed"] < live["total"]
         mine = [failed[k] for k in keys if k in failed]
         n_done = sum(k in done for k in keys)
         out.append(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
-from comptrust.sweep.grid import expand, order
+from comptrust.sweep.grid import expand, held, order
+from comptrust.sweep.plan import plan
 from conftest import comptrust, sweep_dict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +93,56 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert len(grid.skipped) == 2 and all("48 does not divide" in s.reason for s in grid.skipped)
 
 
+def test_a_model_twice_is_refused_and_in_two_dtypes_is_two(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    config = load_config(sweep_dict(["./tiny", "tiny"], tmp_path))
+    with pytest.raises(BadInput, match=r"models\[1\].id: 'tiny' in float32 is './tiny' again"):
+        plan(config)
+    two = [{"id": "tiny", "dtype": "float32", "gpus": 1}, {"id": "tiny", "dtype": "bfloat16", "gpus": 2}]
+    config = load_config({**sweep_dict([], tmp_path), "models": two})
+    rows = plan(config)["models"]
+    assert [(r["model"], r["dtype"], r["cells"]) for r in rows] == [("tiny", "float32", 8), ("tiny", "bfloat16", 8)]
+    grid = expand(config)
+    assert {c.dtype: grid.need[held(c)].gpus for c in grid.cells} == {"float32": 1, "bfloat16": 2}
+
+
+@pytest.mark.parametrize("model", ["./tyni", "package:llm-smolm2"])
+def test_plan_refuses_a_model_that_is_not_here(model, tmp_path):
+    with pytest.raises(BadInput, match=r"models\[0\].id: no .*" + model.split(":")[-1]):
+        plan(load_config(sweep_dict([model], tmp_path)))
+
+
+def test_plan_counts_cells_of_a_model_on_a_hub_out_of_reach(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = sweep_dict(["nobody/nothing-7b"], tmp_path)
+    config["methods"].append({"method": "awq", "backend": "autoawq", "clip": [True, False]})
+    found = plan(load_config(config))
+    assert found["cells"] == 10 and found["models"][0]["parameters"] == 7e9
+    assert "the hub cannot be reached" in found["note"] and "cells have no keys yet" in found["note"]
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (
+            {"methods": [{"method": "awq", "backend": "autoawq", "group_size": 32}]},
+            "methods[0].backend: 'autoawq': not installed. comptrust backends install autoawq",
+        ),
+        (
+            {"evaluation": {"suite": "smoke", "dimensions": ["ethics"], "engine": "vllm"}},
+            "evaluation.engine: 'vllm': its environment is not installed. comptrust backends install vllm",
+        ),
+    ],
+)
+def test_an_absent_environment_stops_run_and_is_a_note_in_plan(tiny, tmp_path, more, problem):
+    config = load_config(sweep_dict([tiny], tmp_path, methods=more.pop("methods", []), **more))
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        expand(config)
+    assert problem in plan(config)["note"]
+
+
 def test_an_unsupported_architecture_is_refused_before_any_work(tiny, tmp_path):
     folder = tmp_path / "mamba"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -149,7 +201,7 @@ def test_command_line_exits_2_with_one_line(tiny, tmp_path):
         assert done.returncode == 2, (args, done.stdout, done.stderr)
         assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.stdout == ""
-    assert not (tmp_path / "results" / "cells").exists()
+    assert not (tmp_path / "results" / "cells").exists() and not (tmp_path / "results" / "sweeps").exists()
 
 
 def test_plan_loads_no_weights_and_runs_nothing(tiny, tmp_path):
@@ -157,6 +209,6 @@ def test_plan_loads_no_weights_and_runs_nothing(tiny, tmp_path):
     path.write_text(json.dumps(sweep_dict([tiny], tmp_path / "results")))
     done = comptrust("plan", str(path), "--format", "json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["cells"] == 8 and plan["done"] == 0 and plan["list"][0]["cell"] == "dense"
+    found = json.loads(done.stdout)
+    assert found["cells"] == 8 and found["done"] == 0 and found["list"][0]["cell"] == "dense"
     assert not (tmp_path / "results").exists()

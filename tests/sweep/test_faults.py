@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from comptrust.actors.record import Record
+from comptrust.sweep.export import find_cell
 from comptrust.sweep.pool import AFFINITY_WAIT_S
 from comptrust.sweep.results import load_results
 from comptrust.sweep.status import status
@@ -129,6 +130,7 @@ def test_signals_leave_a_resumable_sweep(tiny, tmp_path, number):
     out, err = driver.communicate(timeout=90)
     assert driver.returncode == 130, err
     assert json.loads(out.splitlines()[-1])["interrupted"] is True
+    assert status(str(sweep.results))["sweeps"][0]["running"] is False
     before = {r["key"] for r in load_results(sweep.results).rows("select key from cells")}
     assert 2 <= len(before) < CELLS
     code, outcome, err = sweep.finish()
@@ -155,6 +157,14 @@ def test_second_driver_on_a_folder_is_refused_and_a_second_run_does_nothing(tiny
     code, outcome, err = sweep.finish()
     assert code == 0 and outcome["done"] == CELLS + 1, err
     sweep.check(CELLS + 1)
+    # and one that lost a block twice forgets none
+    gone = [r["key"] for r in load_results(sweep.results).rows("select key from cells where method in ('rtn', 'wanda')")]
+    for method in ("rtn", "wanda"):
+        config["methods"] = [m for m in config["methods"] if m["method"] != method]
+        sweep.yaml.write_text(json.dumps(config))
+        assert sweep.finish()[0] == 0
+    assert status(str(sweep.results))["sweeps"][0]["total"] == CELLS + 1 - len(gone) == 4
+    assert [find_cell(str(sweep.results), key)[0].key for key in gone] == gone
 
 
 def test_a_bad_cell_is_a_row_and_the_sweep_goes_on(tiny, tmp_path):
@@ -210,6 +220,23 @@ def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path
             finished[models[key]] += 1
             free[worker] = float(at)
     assert len(holds) == 2
+
+
+def test_two_dtypes_of_a_model_have_a_dense_cell_each(tiny, tmp_path):
+    """One dense cell done lets no cell of the other dtype begin, and the other's still comes first."""
+    sweep = Sweep(tiny, tmp_path, 0.5)
+    models = [{"id": str(tiny), "dtype": d} for d in ("float32", "bfloat16")]
+    config = {**sweep_dict([], sweep.results, resources={"workers": 3}), "models": models}
+    sweep.yaml.write_text(json.dumps(config))
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == 2 * CELLS, err
+    rows = {r["key"]: r for r in load_results(sweep.results).rows("select key, dtype, method from cells")}
+    ready = set()
+    for word, key, *_ in sweep.lines():
+        if word == "start" and rows[key]["method"] != "dense":
+            assert rows[key]["dtype"] in ready, key
+        if word == "done" and rows[key]["method"] == "dense":
+            ready.add(rows[key]["dtype"])
 
 
 @pytest.fixture
