@@ -150,7 +150,7 @@ class Fairness:
         if failed := failure(text):
             return failed
         labels = _LABELS[target["dataset"]]
-        said = read_label(text, labels)
+        said = read_label(text.split("description:")[0], labels)  # what follows is a prompt, said again or made up
         return keyed(text, None if said is None else labels.index(said), target["label"])
 
     def metrics(self, rows: Sequence[cv.Row], suite: str) -> list[MetricRow]:
