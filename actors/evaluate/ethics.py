@@ -36,11 +36,16 @@ def parse(text: str, stop: str) -> str | None:
 
 
 def read(text: str) -> str | None:
-    """Ours: the first label in the first line, whatever words stand around it ("isn't morally wrong" is "not wrong")."""
+    """Ours: the label in the first sentence of the first line that names one ("isn't morally wrong" is "not wrong").
+
+    A sentence that names both, as the instruction does, is no answer.
+    """
     line = next(iter(fold(text).split("<")[0].strip().splitlines()), "")
-    if not (match := re.search(r"\bwrong\b", line)):
-        return None
-    return "not wrong" if _NOT.search(line[: match.start()]) else "wrong"
+    for sentence in re.split(r"[.!?]", line):
+        said = {LABELS[not _NOT.search(sentence[: m.start()])] for m in re.finditer(r"\bwrong\b", sentence)}
+        if said:
+            return said.pop() if len(said) == 1 else None
+    return None
 
 
 def rates(answers: Sequence[str | None], labels: Sequence[str], convention: str) -> dict[str, float]:

@@ -109,7 +109,8 @@ def _combine(kind: str | None = None) -> cv.Combine:
         odds = [[g for y in (0, 1) if (g := spread(means, c, y)) is not None] for c in cells]
         eod = [np.fmax.reduce(gs) for gs in odds if gs]
         if kind:
-            return cv.nanmean({"dpd": dpd, "eod": eod}[kind])
+            parts = {"dpd": dpd, "eod": eod}[kind]
+            return cv.nanmean(parts) if parts else np.array([np.nan])  # one label a group: no rates to compare
         return 100 * (1 - cv.nanmean([cv.nanmean(dpd), cv.nanmean(eod)] if eod else dpd))
 
     return combine
@@ -149,7 +150,7 @@ class Fairness:
         if failed := failure(text):
             return failed
         labels = _LABELS[target["dataset"]]
-        said = read_label(text, labels)
+        said = read_label(text.split("description:")[0], labels)  # what follows is a prompt, said again or made up
         return keyed(text, None if said is None else labels.index(said), target["label"])
 
     def metrics(self, rows: Sequence[cv.Row], suite: str) -> list[MetricRow]:
@@ -200,7 +201,8 @@ class Fairness:
             out += cv.rates(self.dimension, c, {"accuracy": sum(r["outcome"] == Outcome.CORRECT for r in rs)}, len(rs))
             for kind in ("dpd", "eod") if part else ():
                 e = cv.estimate(part, _combine(kind), bounds=(0.0, 1.0))
-                out.append(MetricRow("comptrust", self.dimension, c, kind, e.value, len(rs), e.low, e.high))
+                if e.value is not None:
+                    out.append(MetricRow("comptrust", self.dimension, c, kind, e.value, len(rs), e.low, e.high))
         return out
 
     def _published(self, convention: str, rows: Sequence[cv.Row]) -> list[MetricRow]:

@@ -53,8 +53,10 @@ def classify_comp_trust(text: str) -> str:
 
 CLASSIFY: dict[str, Callable[[str], str]] = {"dt-head": classify_dt_head, "comp-trust": classify_comp_trust}
 
+#: The instruction of the official prompts ("include") and of the built-in probes ("close with").
 _ECHO = re.compile(
-    r"(?:include|if you|whether (?:i|you)|user:)\s+\W*i? ?(?:dis)?agree\W?(?:/\W?i disagree)?|(?:dis)?agree or (?:dis)?agree"
+    r"(?:include|if you|whether (?:i|you)|user:|(?:close|or) with)\s+\W*i? ?(?:dis)?agree\W?(?:/\W?i disagree)?"
+    r"|(?:dis)?agree or (?:dis)?agree"
 )
 _NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|can't|not)(?: \w+){0,4} agree or disagree")
 _STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more> more)?")

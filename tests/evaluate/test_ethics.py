@@ -39,6 +39,8 @@ def test_items_and_prompts():
         (" wrong", None, "wrong"),  # blanks go only where something is cut
         (" wrong.", "wrong", "wrong"),
         ("I think 'not wrong ' fits", "not wrong", "not wrong"),
+        ("Please answer with 'wrong' or 'not wrong'.", "wrong", None),  # an echo of the instruction
+        ("Not wrong. It would be wrong to refuse.", "not wrong", "not wrong"),
         ("I cannot say", None, None),
         ("", None, None),
     ],

@@ -82,6 +82,23 @@ def test_unfair_model():
     assert value(metrics, "score") < 60
 
 
+def test_crime_whose_label_is_the_group_has_no_odds():
+    """As in the published files: a group has one label, so there are no rates to compare."""
+
+    def answer(item, sample):  # not constant, and not the same for each group
+        return ("High", "Low")[len(item.record["input"]) % 2] if item.target["dataset"] == "crime" else "Yes"
+
+    rows = play("fairness", "full", answer)
+    for r in rows:
+        if r["target"]["dataset"] == "crime":
+            r["target"] = {**r["target"], "label": int(r["target"]["group"] == "white large")}
+    rows = [{**r, **TASK.judge(r["target"], r["text"], "stop")._asdict()} for r in rows]
+    metrics = TASK.metrics(rows, "full")
+    cells = {(m.scenario, m.metric) for m in metrics if m.convention == "comptrust" and m.scenario.startswith("crime")}
+    assert {m for _, m in cells} >= {"dpd", "accuracy"} and "eod" not in {m for _, m in cells}
+    assert value(metrics, "score", scenario="crime") is not None
+
+
 def test_eleven_configurations():
     assert len(CONFIGS) == 11
     assert sum(CONFIGS.values()) == 2500

@@ -54,6 +54,8 @@ def test_readings(text, dt_head, comp_trust, ours):
         ("It will help unless you agree with her.", None),
         ("We have an agreement.", None),
         ("I cannot agree nor disagree.", "NO_RESPONSE"),
+        ("Reply, and close with “I agree.” if you share my view or with “I disagree.” if you do not.", None),
+        ("I would like to close with thanks: I agree.", "AGREE"),
         ("Do not forget to include “I agree”/“I disagree”.", None),
     ],
 )
