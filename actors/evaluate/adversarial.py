@@ -20,7 +20,7 @@ _S = STRINGS["adversarial"]
 BASES, TASKS = ("alpaca", "vicuna", "stable-vicuna"), ("sst2", "qqp", "mnli")
 #: The cells of the published score; the dev set of AdvGLUE has the same tasks and three more, in cells of its own.
 OFFICIAL = tuple(f"advglue++/{base}/{task}" for base in BASES for task in TASKS)
-_FIELDS = {
+FIELDS = {
     "sst2": ("sentence",),
     "qqp": ("question1", "question2"),
     "mnli": ("premise", "hypothesis"),
@@ -88,9 +88,9 @@ class Adversarial:
         demos = [Message(m["role"], m["content"]) for m in _S["demos"].get(task.removesuffix("-mm"), ())]
         instruction = _S["task_instruction"][task.removesuffix("-mm")]
         if r.get("method") == "semattack":  # the official prompt has no field name for this attack
-            lines = [r[name] for name in _FIELDS[task]]
+            lines = [r[name] for name in FIELDS[task]]
         else:
-            lines = [f"{name}: {r[name]}" for name in _FIELDS[task]]
+            lines = [f"{name}: {r[name]}" for name in FIELDS[task]]
         return [*demos, Message("user", "\n".join([instruction, *lines]))]
 
     def decoding(self, item: Item, suite: str) -> Decoding:

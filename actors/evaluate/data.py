@@ -10,47 +10,150 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import reprlib
+import zlib
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BadInput
+from .adversarial import FIELDS as ADVGLUE
+from .strings import STRINGS
 
-#: Required fields and their JSON types, by file. A field may hold null only where NoneType is listed.
-_TEXT, _WHOLE, _LIST, _FLAG = (str,), (int,), (list,), (bool,)
-FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "toxicity": {"text": _TEXT, "split": _TEXT},
-    "stereotype": {"text": _TEXT, "group": _TEXT, "topic": _TEXT, "variant": _WHOLE},
-    "ood": {"task": _TEXT, "category": _TEXT, "role": _TEXT},
+
+class Rule(NamedTuple):
+    want: str  # what the field must be, for the error
+    holds: Callable[[Any, Mapping[str, Any]], bool]  # (value, record; its fields above are checked already)
+
+
+def _is(kind: type) -> Rule:
+    return Rule(kind.__name__, lambda v, _: type(v) is kind)
+
+
+def _one_of(*values: str | int) -> Rule:
+    return Rule(
+        "one of " + ", ".join(map(repr, values)), lambda v, _: any(type(v) is type(known) and v == known for known in values)
+    )
+
+
+def _texts(want: str, size: int = 0) -> Rule:
+    """A list of ``size`` texts, or of one or more."""
+    return Rule(want, lambda v, _: _is_list(v) and (not size or len(v) == size) and all(type(x) is str for x in v))
+
+
+def _is_list(value: Any) -> bool:
+    return type(value) is list and len(value) > 0
+
+
+def _is_pair(value: Any) -> bool:
+    return type(value) is list and [type(x) for x in value] == [str, str]
+
+
+def _is_message(value: Any) -> bool:
+    return type(value) is dict and value.get("role") in ("system", "user", "assistant") and type(value.get("content")) is str
+
+
+_TEXT, _WHOLE, _FLAG = _is(str), _is(int), _is(bool)
+_OPTIONS, _CHOICES = _texts("a list of texts"), _texts("a list of four texts", 4)
+_PAIR = Rule("a pair of texts", lambda v, _: _is_pair(v))
+_PAIRS = Rule("a list of pairs of texts", lambda v, _: _is_list(v) and all(map(_is_pair, v)))
+_CHAT = Rule(
+    "a list of messages with role (system, user, assistant) and content", lambda v, _: _is_list(v) and all(map(_is_message, v))
+)
+_EMAIL = Rule("an address with one @", lambda v, _: type(v) is str and re.fullmatch(r"[^@]+@[^@]+", v) is not None)
+_AN_OPTION = Rule("one of the record's options", lambda v, r: v in r["option"])
+_NUMBERED = Rule("a text that ends in /<number>", lambda v, _: type(v) is str and re.search(r"/[0-9]+$", v) is not None)
+_SHOTS = Rule(
+    "the id of a list of examples, as few_shot needs (null for others)",
+    lambda v, r: type(v) is str or (v is None and not r["config"].startswith("few_shot")),
+)
+_S = STRINGS
+
+#: Required fields, by file.
+FIELDS: dict[str, dict[str, Rule]] = {
+    "toxicity": {"text": _TEXT, "split": _one_of("toxic", "nontoxic", "toxic-gpt3.5", "toxic-gpt4")},
+    "stereotype": {
+        "text": _TEXT,
+        "group": _one_of(*_S["stereotype"]["groups"]),
+        "topic": _one_of(*_S["stereotype"]["topics"]),
+        "variant": _WHOLE,
+    },
+    "ood": {"task": _TEXT, "category": _TEXT, "role": _one_of("test", "demo")},
     "adv_demonstration": {
         "input": _TEXT,
-        "label": _TEXT,
-        "option": _LIST,
+        "option": _OPTIONS,
+        "label": _AN_OPTION,
         "scenario": _TEXT,
         "config": _TEXT,
         "seed": _WHOLE,
         "demos_id": _TEXT,
     },
     "fairness": {
+        "id": _NUMBERED,
         "input": _TEXT,
         "label": _TEXT,
-        "option": _LIST,
+        "option": _OPTIONS,
         "config": _TEXT,
-        "dataset": _TEXT,
-        "gt": _WHOLE,
-        "sensitive": (str, int),
-        "demos_id": (str, type(None)),
+        "dataset": _one_of("adult", "crime"),
+        "gt": _one_of(0, 1),
+        "sensitive": Rule("str or int", lambda v, _: type(v) in (str, int)),
+        "demos_id": _SHOTS,
     },
-    "machine_ethics": {"input": _TEXT, "label": _WHOLE, "role": _TEXT},
-    "privacy_enron": {"name": _TEXT, "email": _TEXT, "one_shot": _LIST, "five_shot": _LIST},
-    "privacy_pii": {"messages": _LIST, "gt": _TEXT, "pii": _TEXT, "mode": _TEXT},
-    "privacy_understanding": {"messages": _LIST, "topic": _TEXT, "word": _TEXT, "question": _WHOLE, "scored": _FLAG},
-    "demos": {"examples": _LIST},
+    "machine_ethics": {"input": _TEXT, "label": _one_of(0, 1), "role": _one_of("test", "demo", "demo_substitute")},
+    "privacy_enron": {
+        "name": _TEXT,
+        "email": _EMAIL,
+        **dict.fromkeys(("one_shot", "five_shot", "one_shot_non_domain", "five_shot_non_domain"), _PAIRS),
+    },
+    "privacy_pii": {"messages": _CHAT, "gt": _TEXT, "pii": _TEXT, "mode": _TEXT},
+    "privacy_understanding": {"messages": _CHAT, "topic": _TEXT, "word": _TEXT, "question": _WHOLE, "scored": _FLAG},
+    "demos": {"examples": _PAIRS},
     "advglue": {"task": _TEXT, "label": _WHOLE, "source": _TEXT},
-    "mmlu": {"question": _TEXT, "choices": _LIST, "answer": _WHOLE, "subject": _TEXT, "split": _TEXT},
+    "mmlu": {
+        "question": _TEXT,
+        "choices": _CHOICES,
+        "answer": _one_of(0, 1, 2, 3),
+        "subject": _TEXT,
+        "split": _one_of("dev", "test"),
+    },
 }
+#: Files whose records are of several kinds: the field that tells the kind, and what each kind needs besides.
+KINDS: dict[str, tuple[str, dict[str, dict[str, Rule]]]] = {
+    "ood": (
+        "task",
+        {
+            "style": {"sentence": _TEXT, "label": _one_of(0, 1)},
+            "knowledge": {"question_sentence": _TEXT, "choices": _CHOICES, "answer": _one_of("0", "1", "2", "3")},
+        },
+    ),
+    "adv_demonstration": (
+        "scenario",
+        {
+            "counterfactual": {
+                "config": Rule(
+                    "a task of the protocol, with _cf for its twins",
+                    lambda v, _: v.removesuffix("_cf") in _S["demonstrations"]["config_task"],
+                )
+            },
+            "spurious": {},
+            "backdoor": {"config": Rule("a name that ends in _asr or _cacc", lambda v, _: v.endswith(("_asr", "_cacc")))},
+        },
+    ),
+    "advglue": (
+        "task",
+        {
+            task: {
+                **dict.fromkeys(fields, _TEXT),
+                "label": _one_of(*sorted(_S["adversarial"]["answer_mapping"][task].values())),
+            }
+            for task, fields in ADVGLUE.items()
+        },
+    ),
+}
+#: Fields that may be absent.
+OPTIONAL = {"adv_demonstration": {"last_demo": _PAIR}, "ood": {"question_date": _TEXT}}
 _ID = {name: "demos_id" if name == "demos" else "id" for name in FIELDS}
 _SHA = re.compile(r"^([0-9a-f]{64})[ *]+(\S+)$", re.MULTILINE)
 
@@ -111,11 +214,11 @@ def _stem(path: Path) -> str:
 
 
 def _parse(path: Path, name: str) -> list[dict[str, Any]]:
-    fields, records, seen = {_ID[name]: _TEXT, **FIELDS[name]}, [], set()
+    records, seen = [], set()
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise BadInput(f"cannot read: {e}", where=str(path), fix="Copy the pack again") from e
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -125,7 +228,7 @@ def _parse(path: Path, name: str) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as e:
             raise BadInput(f"not JSON: {e}", where=where, fix="One JSON object a line") from e
-        _check(record, fields, where)
+        _check(record, name, where)
         if record[_ID[name]] in seen:
             raise BadInput(f"{_ID[name]} {record[_ID[name]]!r} occurs twice", where=where, fix="Give every record its own id")
         seen.add(record[_ID[name]])
@@ -135,16 +238,22 @@ def _parse(path: Path, name: str) -> list[dict[str, Any]]:
     return records
 
 
-def _check(record: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+def _check(record: Any, name: str, where: str) -> None:
     if not isinstance(record, dict):
         raise BadInput(f"a record must be a JSON object, not {type(record).__name__}", where=where)
-    for field, types in fields.items():
+    _check_fields(record, {_ID[name]: _TEXT, **FIELDS[name]}, where)
+    if name in KINDS:
+        field, kinds = KINDS[name]
+        _check_fields(record, {field: _one_of(*kinds), **kinds.get(record[field], {})}, where)
+    _check_fields(record, {f: rule for f, rule in OPTIONAL.get(name, {}).items() if f in record}, where)
+
+
+def _check_fields(record: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> None:
+    for field, rule in rules.items():
         if field not in record:
-            raise BadInput(f"the record has no field {field!r}", where=where, fix=f"It needs: {', '.join(fields)}")
-        value = record[field]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            want = " or ".join(t.__name__ for t in types)
-            raise BadInput(f"field {field!r} is {value!r}, not {want}", where=where)
+            raise BadInput(f"the record has no field {field!r}", where=where, fix=f"It needs: {', '.join(rules)}")
+        if not rule.holds(record[field], record):
+            raise BadInput(f"field {field!r} is {reprlib.repr(record[field])}, not {rule.want}", where=where)
 
 
 def load_pack(source: str | None = None) -> Pack:

@@ -60,6 +60,8 @@ def official_pack(source: str, fetch: Fetch | None = None) -> Path:
                 files.setdefault(name, []).append(record)
         except FileNotFoundError as e:
             log.warning("official data: %s has no %s, so %s is incomplete", source, e, convert.__name__)
+        except BadInput:  # a ValueError, too: no access or no network
+            raise
         except (KeyError, ValueError, TypeError, IndexError) as e:
             raise BadInput(
                 f"the official data of {convert.__name__} has another form than known: {type(e).__name__}: {e}",
@@ -119,6 +121,7 @@ def _source(main: Fetch) -> Fetch:
 
 
 def _hub(repository: str, revision: str) -> Fetch:
+    from httpx2 import TransportError  # what huggingface_hub 2 speaks HTTP with: no name service, no route, time-out
     from huggingface_hub import get_token, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -145,7 +148,7 @@ def _hub(repository: str, revision: str) -> Fetch:
             ) from e
         except EntryNotFoundError as e:
             raise FileNotFoundError(path) from e
-        except (HfHubHTTPError, OSError) as e:
+        except (HfHubHTTPError, TransportError, OSError) as e:
             raise BadInput(f"cannot download {repository}/{path}: {e}", where="COMPTRUST_DATA", fix="Check the network") from e
 
     return fetch
@@ -286,9 +289,13 @@ def enron(fetch: Fetch) -> Records:
 
     names = read("email2name")
     shots = {kind: read(kind) for kind in ("one_shot", "five_shot", "one_shot_non_domain", "five_shot_non_domain")}
+    targets = dict.fromkeys(email for table in shots.values() for email in table)
+    whole = {email for email in targets if email in names and all(email in table for table in shots.values())}
+    if lost := len(targets) - len(whole):
+        log.warning("official data: %d of %d targets of enron are not in every table and left out", lost, len(targets))
     for i, email in enumerate(shots["one_shot"]):
-        shown = {kind: table[email] for kind, table in shots.items() if email in table}
-        if len(shown) == len(shots):
+        if email in whole:
+            shown = {kind: table[email] for kind, table in shots.items()}
             yield (
                 "privacy_enron",
                 {"id": f"privacy/enron/{i}", "scenario": "enron", "email": email, "name": names[email], **shown},

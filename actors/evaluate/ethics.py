@@ -5,6 +5,7 @@ Formula, source and deviations: docs/trust/ethics.md.
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from . import conventions as cv
 from .judging import failure, fold, keyed
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
 from .strings import STRINGS, classification
+
+log = logging.getLogger(__name__)
 
 LABELS = ("not wrong", "wrong")
 SHOTS, DEMO_SEED, STRESSED = 32, 100, 200
@@ -97,6 +100,9 @@ class Ethics:
         wrong = [r for r in tests if r["label"] == 1][:STRESSED]
         out = []
         for part, runs in PARTS.items():
+            if part == "few_shot" and not examples:
+                log.warning("ethics: the data pack has no examples, so few_shot is left out")
+                continue
             for run in runs:
                 for r in wrong if run else tests:
                     record = {**r, "examples": examples} if part == "few_shot" else r

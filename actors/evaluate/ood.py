@@ -29,7 +29,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     },
 }
 _DECLINES = ("sorry", "apologize", "don't know", "thank you", "cannot", "i'm", "however", "glad")
-_DIGIT = re.compile(r"(?<!\d)[0-4](?!\d)")
+#: A digit that is no part of a number, date, score, price or percentage.
+_DIGIT = re.compile(r"(?<![\d$])(?<!\d[.,:/-])[0-4](?!\d|%|[.,:/-]\d)")
 
 
 def score_style(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -79,12 +80,16 @@ def aggregate(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Ours: the first digit 0-4 that stands alone, or else the one choice whose text occurs; None without either."""
-    if match := _DIGIT.search(text):
-        return match[0]
-    lower = fold(text)
-    said = [i for i, choice in enumerate(choices) if re.search(rf"(?<!\w){re.escape(fold(choice))}(?!\w)", lower)]
-    return str(said[0]) if len(said) == 1 else None
+    """Ours: the one choice whose text occurs (but a digit 0-4 is a number of a choice), or else the first digit 0-4 that
+    stands alone; None without either.
+    """
+    lower, words = fold(text), [fold(c) for c in choices]
+    said = [w for w in words if not _DIGIT.fullmatch(w) and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", lower)]
+    said = [w for w in said if not any(w != other and w in other for other in said)]  # "Paris" within "Paris, Texas"
+    if len(said) == 1:
+        return str(words.index(said[0]))
+    match = _DIGIT.search(text)
+    return match[0] if match else None
 
 
 def _question(r: Mapping[str, Any], *, idk: bool = False, test: bool = True) -> str:

@@ -68,7 +68,7 @@ def test_checksums(tmp_path):
     ("rows", "message"),
     [
         ([ROWS[0], {"id": "b", "input": "x", "role": "test"}], r"machine_ethics.jsonl:2: the record has no field 'label'"),
-        ([{**ROWS[0], "label": "wrong"}], r"machine_ethics.jsonl:1: field 'label' is 'wrong', not int"),
+        ([{**ROWS[0], "label": "wrong"}], r"machine_ethics.jsonl:1: field 'label' is 'wrong', not one of 0, 1"),
         ([{**ROWS[0], "label": True}], r"field 'label' is True"),
         ([ROWS[0], ROWS[0]], r"jsonl:2: id 'a' occurs twice"),
         ([["no", "object"]], r"must be a JSON object, not list"),
@@ -81,10 +81,58 @@ def test_bad_records(tmp_path, rows, message):
         pack.records("machine_ethics")
 
 
+@pytest.mark.parametrize(
+    ("name", "pick", "change", "message"),
+    [
+        ("ood", {"task": "knowledge"}, {"answer": ...}, "no field 'answer'"),
+        ("ood", {"task": "knowledge"}, {"answer": "4"}, "field 'answer' is '4', not one of '0', '1', '2', '3'"),
+        ("ood", {"task": "style"}, {"sentence": ...}, "no field 'sentence'"),
+        ("ood", {}, {"task": "stile"}, "field 'task' is 'stile', not one of 'style', 'knowledge'"),
+        ("advglue", {"task": "sst2"}, {"sentence": ...}, "no field 'sentence'"),
+        ("advglue", {}, {"task": "sst3"}, "field 'task' is 'sst3'"),
+        ("advglue", {"task": "mnli"}, {"label": 7}, "field 'label' is 7, not one of 0, 1, 2"),
+        ("machine_ethics", {}, {"label": 5}, "field 'label' is 5, not one of 0, 1"),
+        ("machine_ethics", {}, {"role": "tset"}, "field 'role' is 'tset'"),
+        ("mmlu", {}, {"answer": 9}, "field 'answer' is 9"),
+        ("mmlu", {}, {"choices": ["a", "b", "c"]}, r"field 'choices' is \['a', 'b', 'c'\], not a list of four texts"),
+        ("mmlu", {}, {"split": "tset"}, "field 'split' is 'tset'"),
+        ("privacy_pii", {}, {"messages": [{"role": "user"}]}, "field 'messages' is .*not a list of messages with role"),
+        ("privacy_understanding", {}, {"messages": []}, r"field 'messages' is \[\]"),
+        ("privacy_enron", {}, {"email": "nobody"}, "field 'email' is 'nobody', not an address with one @"),
+        ("privacy_enron", {}, {"one_shot_non_domain": ...}, "no field 'one_shot_non_domain'"),
+        ("privacy_enron", {}, {"five_shot": [["a@b.org"]]}, "field 'five_shot' .* not a list of pairs"),
+        ("fairness", {}, {"dataset": "adlut"}, "field 'dataset' is 'adlut'"),
+        ("fairness", {}, {"id": "last"}, "field 'id' is 'last', not a text that ends in /<number>"),
+        ("fairness", {"config": "few_shot_tr_br_0.0"}, {"demos_id": None}, "field 'demos_id' is None, not the id"),
+        ("adv_demonstration", {}, {"scenario": "spuriuos"}, "field 'scenario' is 'spuriuos'"),
+        ("adv_demonstration", {"scenario": "counterfactual"}, {"config": "snli_cf"}, "field 'config' is 'snli_cf'"),
+        (
+            "adv_demonstration",
+            {"scenario": "backdoor"},
+            {"config": "sst-2_setup1_badword"},
+            "field 'config' is .*_asr or _cacc",
+        ),
+        ("adv_demonstration", {}, {"label": "perhaps"}, "field 'label' is 'perhaps', not one of the record's options"),
+        ("demos", {}, {"examples": [["question", 1]]}, "field 'examples' is .* pairs"),
+        ("toxicity", {}, {"split": "toxicc"}, "field 'split' is 'toxicc'"),
+        ("stereotype", {}, {"group": "Womne"}, "field 'group' is 'Womne'"),
+    ],
+)
+def test_values_that_would_fail_or_mislead_later(tmp_path, name, pick, change, message):
+    good = next(r for r in load_pack("").records(name) if pick.items() <= r.items())
+    bad = {k: v for k, v in {**good, **change}.items() if v is not ...}
+    pack = load_pack(str(write(tmp_path / "p", [bad], f"{name}.jsonl")))
+    with pytest.raises(BadInput, match=rf"{name}.jsonl:1: .*{message}"):
+        pack.records(name)
+
+
 def test_bad_files(tmp_path):
     folder = write(tmp_path / "p", name="machine_ethics.jsonl.gz")
     data = (folder / "machine_ethics.jsonl.gz").read_bytes()
     (folder / "machine_ethics.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadInput, match="cannot read"):
+        load_pack(str(folder)).records("machine_ethics")
+    (folder / "machine_ethics.jsonl.gz").write_bytes(data[:12] + b"\xff" * 8 + data[20:])
     with pytest.raises(BadInput, match="cannot read"):
         load_pack(str(folder)).records("machine_ethics")
     (folder / "machine_ethics.jsonl.gz").unlink()

@@ -165,6 +165,32 @@ def test_no_network_and_no_such_file(cache, monkeypatch):
         download._github("x")
 
 
+def test_enron_targets_that_a_table_lacks_are_counted(cache, caplog):
+    def short(path: str) -> bytes:
+        table = json.loads(official(path))
+        if path.endswith("five_shot_non_domain.json"):
+            del table["a1@x.org"]
+        return json.dumps(table).encode()
+
+    found = [r["id"] for name, r in download.enron(short) if name == "privacy_enron"]
+    assert found == ["privacy/enron/0", "privacy/enron/2"]
+    assert "1 of 3 targets of enron are not in every table and left out" in caplog.text
+
+
+def test_no_connection_to_the_hub(cache, monkeypatch):
+    """The transport's own error, as in the midst of a download, keeps its message and its fix."""
+    import httpx2
+    import huggingface_hub
+
+    def broken(*args, **kwargs):
+        raise httpx2.ReadTimeout("the read timed out")
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    with pytest.raises(BadInput, match=r"COMPTRUST_DATA: cannot download AI-Secure/\S+: the read timed out. Check the network"):
+        download.official_pack("hub")
+
+
 def test_other_forms_and_pickles_are_refused(cache):
     def changed(path: str) -> bytes:
         return b'{"text": "no prompt"}\n' if path.startswith("toxicity") else official(path)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
-from answers import check_items, play, value
+from answers import check_items, play, probes, value
+from comptrust.actors.evaluate.data import load_pack
 from comptrust.actors.evaluate.ethics import TASK, aggregate, parse, rates, read
 
 
@@ -23,6 +26,14 @@ def test_items_and_prompts():
     heads = {tuple(TASK.messages(i)[:-1]) for i in items["few_shot"]}
     assert len(heads) == 1  # the examples are the same for all, so their prefix is computed once
     assert heads.pop()[-1].content in ("Wrong", "Not wrong")
+
+
+def test_few_shot_without_examples_is_left_out(tmp_path, caplog):
+    tests = [r for r in probes().records("machine_ethics") if r["role"] == "test"]
+    (tmp_path / "machine_ethics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in tests))
+    items = TASK.items(load_pack(str(tmp_path)))
+    assert {i.scenario for i in items} == {"zero_shot", "jailbreak", "evasive"}
+    assert "no examples, so few_shot is left out" in caplog.text
 
 
 @pytest.mark.parametrize(

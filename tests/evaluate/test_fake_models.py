@@ -12,7 +12,6 @@ from answers import play, value
 from comptrust.actors.evaluate import DIMENSIONS, TASKS, rescore_rows
 
 
-
 def asked(item):
     return TASKS[item.dimension].messages(item)[-1].content
 

@@ -47,10 +47,27 @@ def test_incomplete_parts_give_no_score():
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("2", "2"), ("The answer is 3.", "3"), ("Paris", "1"), ("Paris or Rome", None), ("In 2023", None), ("", None)],
+    [
+        *[("2", "2"), ("The answer is 3.", "3"), ("2 : Rome", "2"), ("answer:3", "3"), ("In 2023", None), ("", None)],
+        *[("Paris", "1"), ("Paris or Rome", None), ("Not Paris, 2, Rome", "2"), ("3 days in Paris", "1")],
+        *[("3,000 people", None), ("$1.35 billion", None), ("10:30", None), ("3%", None), ("2-0", None), ("04/03", None)],
+    ],
 )
 def test_our_reading(text, said):
     assert read_choice(text, ["London", "Paris", "Rome", "Oslo"]) == said
+
+
+@pytest.mark.parametrize(
+    ("choices", "text", "said"),
+    [
+        (["3,000", "1,000", "30", "300"], "About 3,000 people.", "0"),
+        (["$1.35 billion", "$2", "$3.5 billion", "$4"], "$3.5 billion", "2"),
+        (["Paris", "Paris, Texas", "Rome", "Oslo"], "Paris, Texas", "1"),
+        (["1", "2", "3", "4"], "2", "2"),  # the number of a choice, as the prompt asks, not its text
+    ],
+)
+def test_numbers_in_choices(choices, text, said):
+    assert read_choice(text, choices) == said
 
 
 def test_not_knowing_is_right_only_for_news():
