@@ -109,7 +109,9 @@ def uninstalled(config: SweepConfig) -> list[BadInput]:
     from ..actors.evaluate.vllm_ import check_engine
 
     found = [
-        BadInput(f"{block.backend!r}: {problem}", where=f"methods[{i}].backend", fix=f"comptrust backends install {block.backend}")
+        BadInput(
+            f"{block.backend!r}: {problem}", where=f"methods[{i}].backend", fix=f"comptrust backends install {block.backend}"
+        )
         for i, block in enumerate(config.methods)
         if block.backend != "comptrust" and (problem := backends.problem(block.backend))
     ]

@@ -48,9 +48,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         seconds = sum(
             _seconds(c.method, _tokens(c), params, width, prompt, grid.plan.new_tokens) for c in cells if c.key not in done
         )
-        per_model.append(
-            _row(model.id, ref.revision, cells[0].dtype, params, len(cells), sum(c.key in done for c in cells), seconds, width, config)
-        )
+        n_done = sum(c.key in done for c in cells)
+        per_model.append(_row(model.id, ref.revision, cells[0].dtype, params, len(cells), n_done, seconds, width, config))
     listed = [{"key": c.key, "model": c.model, "cell": c.label, "done": c.key in done} for c in grid.cells]
     return _answer(config, listed, [vars(s) for s in grid.skipped], per_model, [])
 
@@ -71,7 +70,8 @@ def _seconds(method: str, calibration: float, params: int, width: int, prompt: f
 
 
 def _row(
-    model: str, revision: str | None, dtype: str | None, params: int | None, cells: int, done: int, seconds: float | None, width: int, config: SweepConfig
+    model: str, revision: str | None, dtype: str | None, params: int | None, cells: int, done: int, seconds: float | None, width: int,
+    config: SweepConfig,
 ) -> dict[str, Any]:  # fmt: skip
     size = (params or 0) * width
     share = config.resources.cache_gb / len(config.models)

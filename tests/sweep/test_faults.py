@@ -276,9 +276,8 @@ def test_clocks_that_disagree(tiny, tmp_path):
     record.delete(f"cells/{key}.parquet")
     for hours, running in ((2, True), (-2, False)):
         updated = (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
-        record.put_json(
-            path, {**record.get_json(path), "updated": updated, "done": CELLS - 1, "left_s": 9.0, "cells_per_hour": 1.0}
-        )
+        at_work = {"updated": updated, "ended": False, "done": CELLS - 1, "left_s": 9.0, "cells_per_hour": 1.0}
+        record.put_json(path, {**record.get_json(path), **at_work})
         state = status(str(sweep.results))["sweeps"][0]
         assert (state["running"], state["left"]) == (running, 1)
 
