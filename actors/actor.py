@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .calibration import CalibrationConfig, calibrate, overlap
-from .cell import Cell
+from .cell import Cell, canonical
 from .errors import BadInput, CellError
 from .evaluate.config import EvaluationConfig
 from .record import Record
@@ -274,6 +274,15 @@ def dense_of(cell: Cell) -> Cell:
     )
 
 
+def _calibration_text(calibration: Mapping[str, Any]) -> str | None:
+    """The source alone where it says all that has no column of its own, else the whole block as JSON; None without calibration."""
+    plain = CalibrationConfig().model_dump(mode="json")
+    columns = ("source", "samples", "seqlen", "seed")
+    if isinstance(calibration.get("source"), str) and all(v == plain[k] for k, v in calibration.items() if k not in columns):
+        return calibration["source"]
+    return canonical(dict(calibration)) if calibration else None
+
+
 def cell_row(cell: Cell, **more: Any) -> dict[str, Any]:
     """Identity columns of table ``cells``."""
     p, c = cell.params, cell.calibration or {}
@@ -295,7 +304,7 @@ def cell_row(cell: Cell, **more: Any) -> dict[str, Any]:
         "params": dict(p),
         "backend": cell.backend,
         "dtype": cell.dtype,
-        "calibration": c.get("source") if isinstance(c.get("source"), str | None) else str(c["source"]),
+        "calibration": _calibration_text(c),
         "calibration_digest": cell.calibration_digest,
         "samples": c.get("samples"),
         "seqlen": c.get("seqlen"),

@@ -330,11 +330,15 @@ def evaluate(
 ) -> None:
     """One model without a sweep: the trust dimensions with refusal rates and intervals, perplexity, MMLU."""
     from ..actors.api import evaluate as make
+    from ..actors.evaluate.config import EvaluationConfig
+    from .config import override, validate
 
     config: dict[str, Any] = {"suite": suite}
     if dimension:
         config["dimensions"] = dimension
-    config |= _overrides(set_, "per_dimension=32")
+    for text in set_ or []:
+        override(config, text, example="per_dimension=32")
+    validate(EvaluationConfig, config, "evaluation")
     metrics = make(model, config, dense=dense, dtype=dtype, progress=_progress_line())
     if format is TextFormat.json:
         _json(metrics)

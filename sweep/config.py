@@ -78,6 +78,12 @@ class MethodConfig(BaseModel):
             raise ValueError(unknown(v, METHODS, "method"))
         return v
 
+    @model_validator(mode="after")
+    def _axes_hold_values(self) -> MethodConfig:
+        if empty := [k for k, v in (self.model_extra or {}).items() if v == [] and k != "skip"]:
+            raise ValueError(f"{empty[0]} is an empty list, which leaves no cell: give values, or leave it out")
+        return self
+
     def params(self) -> list[dict[str, Any]]:
         """Each combination of the block's parameters, defaults not yet filled in."""
         extra = self.model_extra or {}
@@ -204,16 +210,15 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
             f"a sweep is a mapping, this is {type(data).__name__}", where=where, fix="Start from `comptrust plan quickstart`."
         )
     for text in overrides:
-        _override(data, text)
+        override(data, text)
     return validate(SweepConfig, data)
 
 
-def _override(data: dict[str, Any], text: str) -> None:
+def override(data: dict[str, Any], text: str, example: str = "evaluation.suite=standard") -> None:
+    """Set one value of ``data`` by ``a.b=c``; c is YAML. BadInput for another form or a path that is none."""
     path, eq, value = text.partition("=")
     if not eq or not path:
-        raise BadInput(
-            f"{text!r} is no override", where="--set", fix="Write --set a.b=c, for example --set evaluation.suite=standard."
-        )
+        raise BadInput(f"{text!r} is no override", where="--set", fix=f"Write --set a.b=c, for example --set {example}.")
     node: Any = data
     *parents, last = path.split(".")
     for i, name in enumerate(parents):

@@ -140,12 +140,13 @@ def pareto(
     if the name alone is not unique), among the rows that fulfil the SQL condition ``where``.
 
     ``BadInput``: no objective, one named twice, unknown (with the nearest name) or not a number; no data; no row left by
-    ``where``; failed cells only.
+    ``where``; failed cells only; cells that were asked different questions.
     """
     minimise, maximise = list(minimise), list(maximise)
     objectives = [*minimise, *maximise]
     _check_objectives(minimise, maximise)
-    table = select_table(results, ["key", *objectives], where)
+    table = select_table(results, ["key", "suite", "evaluation", *objectives], where)
+    asked, table = table.select(["suite", "evaluation"]), table.drop_columns(["suite", "evaluation"])
     values = np.column_stack([_floats(table.column(i + 1), name) for i, name in enumerate(objectives)])
     for name, column in zip(objectives, values.T, strict=True):
         if np.isnan(column).all():
@@ -155,6 +156,7 @@ def pareto(
     complete = ~np.isnan(values).any(axis=1)
     if not complete.any():
         raise BadInput("no cell has a value in every objective", where="--min/--max", fix="Drop one, or evaluate more.")
+    _check_one_evaluation(asked.filter(pa.array(complete)))
     up = [name in maximise for name in objectives]
     on = nondominated(values, up)
     keys = table.column(0).combine_chunks()
@@ -206,6 +208,20 @@ def _without_infinity(values: np.ndarray) -> np.ndarray:
 
 
 # -- choosing rows and columns ----------------------------------------------------------------------------------------
+
+
+def _check_one_evaluation(table: pa.Table) -> None:
+    """Scores of different items do not compare. ``table``: suite and evaluation of each row."""
+    asked = sorted({(r["suite"] or "", r["evaluation"] or "") for r in table.to_pylist()})
+    if len(asked) > 1:
+        suites = sorted({suite for suite, _ in asked})
+        one = f"suite = '{suites[-1]}'" if len(suites) > 1 else f"evaluation = '{asked[0][1]}'"
+        raise BadInput(
+            f"these cells were evaluated in {len(asked)} ways ({', '.join(f'{s} {e[:8]}'.strip() for s, e in asked)}), "
+            f"whose scores do not compare",
+            where="--where",
+            fix=f'Choose one: --where "{one}".',
+        )
 
 
 def _check_objectives(minimise: Sequence[str], maximise: Sequence[str]) -> None:

@@ -282,6 +282,7 @@ def check(name: str, *, where: str = "evaluation.toxicity_scorer") -> None:
 
 
 def _in_reach(c: Classifier, where: str) -> None:
+    from httpx2 import TransportError
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
@@ -290,7 +291,7 @@ def _in_reach(c: Classifier, where: str) -> None:
         return
     try:
         get_hf_file_metadata(hf_hub_url(c.repository, "model.safetensors", revision=c.revision), timeout=10)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as e:
+    except (HfHubHTTPError, OfflineModeIsEnabled, TransportError, OSError) as e:
         raise BadInput(
             f"{c.repository} at revision {c.revision} is neither cached nor in reach: {_line(e)}",
             where=where,
