@@ -109,7 +109,9 @@ def _run(func, args, kwargs):
 
     if func is aten._to_copy.default and (device, kwargs.get("dtype", args[0].dtype)) == (args[0].device, args[0].dtype):
         return args[0]  # torch takes it for a tensor on the meta device, which would have to be copied
-    out = func(*tree_map(inner, args), **{**tree_map(inner, kwargs), **({"device": "cpu"} if kwargs.get("device") is not None else {})})
+    out = func(
+        *tree_map(inner, args), **{**tree_map(inner, kwargs), **({"device": "cpu"} if kwargs.get("device") is not None else {})}
+    )
     if device.type != "cuda":
         return out
     named = lambda x: known[id(x)] if id(x) in known else OnGpu(x, device)
@@ -188,7 +190,12 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     half = len(model.model.layers) // 2
     tied = model.config.tie_word_embeddings
     where = {f"model.layers.{i}": first if i < half else second for i in range(2 * half)}
-    where |= {"model.embed_tokens": first, "model.norm": second, "model.rotary_emb": second, "lm_head": first if tied else second}
+    where |= {
+        "model.embed_tokens": first,
+        "model.norm": second,
+        "model.rotary_emb": second,
+        "lm_head": first if tied else second,
+    }
     put_on(model, lambda name: next(d for prefix, d in where.items() if name.startswith(f"{prefix}.")))
     hooks.attach_align_device_hook_on_blocks(
         model,
