@@ -133,7 +133,7 @@ def dump(compressed: Compressed, dense: nn.Module) -> tuple[dict[str, Tensor], d
 
 
 def restore(dense: nn.Module, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Compressed:
-    """The ``Compressed`` that was dumped; everything untouched is shared with ``dense``, and new tensors go where those of its module are."""
+    """The ``Compressed`` that was dumped; everything untouched is shared with ``dense``, and new tensors go where their modules are."""
 
     def home(name: str) -> torch.device:  # a model may be spread over several
         return next(dense.get_submodule(name).parameters()).device

@@ -16,7 +16,6 @@ from .masks import masked
 from .structure import clone, decoder_blocks, linears_of, on_device, record, to_device
 from .wanda import ScoredConfig, prune
 
-
 #: The gradients of a mean over tokens are so small that most underflow in float16. A power of two: elsewhere it changes no digit.
 LOSS_SCALE = 1024.0
 
