@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -75,15 +76,20 @@ class Worker:
         from .cost import PeakMemory
 
         self.started = datetime.now(UTC)
+        self.error: Exception | None = None
+        if self.held != (cell.revision, cell.dtype):
+            self._drop()
+        _free()
         self.peak = PeakMemory(self.device)
         self.peak.start()
-        self.error: Exception | None = None
         try:
             self._hold(cell)
             self._compress(cell)
         except Exception as e:  # recorded by evaluate()
+            _clear_frames(e)
             self.error = e
             self.prepared = None
+        _free()
 
     def evaluate(self, cell: Cell, attempt: int = 1, batch_scale: float = 1.0) -> dict[str, Any]:
         """Measure the prepared cell and commit it. A cell's own error becomes a row of ``failed`` and is returned, not raised."""
@@ -105,7 +111,7 @@ class Worker:
             return failed
         finally:
             self.prepared = None
-            gc.collect()
+            _free()
 
     # -- model and compression ----------------------------------------------------------------------------------------
 
@@ -115,11 +121,6 @@ class Worker:
         want = (cell.revision, cell.dtype)
         if self.held == want:
             return
-        self.model = self.tokenizer = self.prepared = None
-        self.held = None
-        self._calibrations.clear()
-        self._references.clear()
-        gc.collect()
         self.progress("load model", 0, 1)
         ref = models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin)
         if ref.revision != cell.revision:
@@ -127,6 +128,12 @@ class Worker:
         device = "auto" if self.spread else self.device
         self.model, self.tokenizer = models.load(ref, dtype=cell.dtype, device=device, progress=self.progress)
         self.held = want
+
+    def _drop(self) -> None:
+        """Let go of the model and of all that belongs to it."""
+        self.model = self.tokenizer = self.prepared = self.held = None
+        self._calibrations.clear()
+        self._references.clear()
 
     def _compress(self, cell: Cell) -> None:
         from . import compress, models
@@ -149,6 +156,7 @@ class Worker:
         else:
             from .compress import backends
 
+            _free()  # for the library's own process
             compressed = backends.run_backend(
                 cell.backend,
                 cell.method,
@@ -265,6 +273,21 @@ class Worker:
         if not cell.calibration:
             return None
         return overlap(self._calibration(cell), self.plan.item_texts(self.tokenizer))
+
+
+def _free() -> None:
+    """Collect garbage and give torch's unused GPU memory back."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Forget the local variables of a traceback, which hold models and activations; its text stays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def dense_of(cell: Cell) -> Cell:

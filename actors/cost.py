@@ -16,21 +16,23 @@ DECODE_TOKENS = 16
 
 
 class PeakMemory:
-    """Peak bytes between ``start`` and ``read``: allocated memory on a GPU, resident set of this process on a CPU."""
+    """Peak bytes between ``start`` and ``read``: allocated memory on the visible GPUs (each at its own peak), resident
+    set of this process on a CPU."""
 
     def __init__(self, device: str) -> None:
         self.device = device
 
     def start(self) -> None:
         if self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(self.device)
+            for gpu in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(gpu)
         else:
             with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
                 f.write("5")  # Linux: reset the high-water mark VmHWM
 
     def read(self) -> int:
         if self.device.startswith("cuda"):
-            return int(torch.cuda.max_memory_allocated(self.device))
+            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
         with open("/proc/self/status") as f:
             return int(re.search(r"VmHWM:\s+(\d+) kB", f.read()).group(1)) * 1024
 

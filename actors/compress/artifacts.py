@@ -133,12 +133,15 @@ def dump(compressed: Compressed, dense: nn.Module) -> tuple[dict[str, Tensor], d
 
 
 def restore(dense: nn.Module, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Compressed:
-    """The ``Compressed`` that was dumped; everything untouched is shared with ``dense``, and new tensors go where it is."""
-    device = next(dense.parameters()).device
+    """The ``Compressed`` that was dumped; everything untouched is shared with ``dense``, and new tensors go where their modules are."""
+
+    def home(name: str) -> torch.device:  # a model may be spread over several
+        return next(dense.get_submodule(name).parameters()).device
+
     stored = {}
     for row in meta["stored"]:
         name = row["name"]
-        parts = {t: tensors[f"{t}:{name}"].to(device) for t in _TENSORS if f"{t}:{name}" in tensors}
+        parts = {t: tensors[f"{t}:{name}"].to(home(name)) for t in _TENSORS if f"{t}:{name}" in tensors}
         stored[name] = StoredLinear(**{**row, "shape": tuple(row["shape"])}, **parts)
     model = clone(dense)
     for name in meta["rebuilt"]:
@@ -147,7 +150,7 @@ def restore(dense: nn.Module, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     for name, tensor in tensors.items():
         kind, _, parameter = name.partition(":")
         if kind == "weight":
-            _set(model, parameter, tensor.to(device))
+            _set(model, parameter, tensor.to(home(parameter.rpartition(".")[0])))
     rest = {k: v for k, v in meta.items() if k not in ("rebuilt", "stored")}
     return Compressed(model, stored=stored, **rest)
 
@@ -168,7 +171,7 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _gives(stored: StoredLinear | None, parameter: Tensor) -> bool:
     if stored is None or stored.codes is None or stored.input_scale is not None:
         return False
-    return torch.equal(stored.dequantise().to(parameter.dtype), parameter)
+    return torch.equal(stored.dequantise().to(parameter.device, parameter.dtype), parameter)
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

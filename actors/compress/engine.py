@@ -21,7 +21,7 @@ from ..errors import BadInput, CellError
 from . import bitsandbytes_
 from .base import Compressed, Inputs, MethodConfig, MethodSpec, Progress, Solution, StoredLinear
 from .statistics import Statistics
-from .storing import fold_scale, layer_row, put, totals
+from .storing import fold_scale, layer_row, moved_to, put, totals
 from .structure import (
     Group,
     Stop,
@@ -86,17 +86,16 @@ def run(
         copy = model if spec.name == "dense" else clone(model).eval()
         cells.append(Cell(spec, config, copy, copy.get_submodule(prefix)))
     active = [c for c in cells if c.spec.name != "dense"]
-    home = next(blocks.parameters()).device
-    device = device or home
+    places = [device or next(block.parameters()).device for block in blocks]  # a spread model's blocks: where each is
     for cell in active:
         if cell.spec.prepare:
             chosen = {n: m for n, m in linears.items() if cell.config.for_layer(n)}
             with cell.clock(), torch.enable_grad():
-                cell.context = cell.spec.prepare(model, chosen, cell.config, tokens=tokens, device=device, progress=progress)
+                cell.context = cell.spec.prepare(model, chosen, cell.config, tokens=tokens, places=places, progress=progress)
     calibrated = [c for c in active if c.spec.needs_calibration]
     walk, arguments = Walk(), []
     if calibrated:
-        walk, first, arguments = _capture(model, prefix, tokens, calibrated, device, chunk_tokens)
+        walk, first, arguments = _capture(model, prefix, tokens, calibrated, places, chunk_tokens)
         for cell in calibrated:
             cell.hidden = list(first)
         del first
@@ -104,15 +103,17 @@ def run(
         shared: dict[Key, Statistics] = {}  # cells enter the first block with the same inputs
         moved: dict[int, nn.Parameter] = {}
         for cell in active:
-            with cell.clock(), on_device(cell.blocks[b], device, moved):
+            with cell.clock(), on_device(cell.blocks[b], places[b], moved):
                 name = f"{prefix}.{b}."
                 if cell in calibrated:
                     groups = walk.of(cell.blocks[b])
-                    kwargs = [to_device(a[b], device) for a in arguments]
-                    step = BlockPass(cell, cell.blocks[b], name, groups, kwargs, device, shared if b == 0 else {})
+                    kwargs = [to_device(a[b], places[b]) for a in arguments]
+                    step = BlockPass(cell, cell.blocks[b], name, groups, kwargs, places[b], shared if b == 0 else {})
                     step.run(last=b == len(blocks) - 1)
                 else:
                     _weights_only(cell, cell.blocks[b], name)
+            home = next(cell.blocks[b].parameters()).device
+            cell.stored |= {n: moved_to(s, home) for n, s in cell.stored.items() if n.startswith(name)}
         if progress:
             progress("compress", b + 1, len(blocks))
     common = time.perf_counter() - start - sum(c.seconds for c in active)
@@ -149,7 +150,7 @@ def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Line
 
 
 def _capture(
-    model: nn.Module, prefix: str, tokens: Tensor, cells: list[Cell], device: torch.device, chunk_tokens: int | None
+    model: nn.Module, prefix: str, tokens: Tensor, cells: list[Cell], places: list[torch.device], chunk_tokens: int | None
 ) -> tuple[Walk, list[Tensor], list[list[dict]]]:
     """Groups of each block; the first block's inputs and every block's keyword arguments, by chunk of the calibration set."""
     shell = clone(model).eval()
@@ -157,24 +158,33 @@ def _capture(
     home = next(blocks.parameters()).device
     tokens = tokens.to(next(model.parameters()).device)
     walk = discover(shell, blocks, tokens[:1, :8], folds=any(c.spec.folds for c in cells))
-    chunks = tokens.split(_chunk_rows(blocks[0], tokens, device, chunk_tokens))
+    chunks = tokens.split(_chunk_rows(model, blocks[0], tokens, places, chunk_tokens))
     first, arguments = [], []
     for chunk in chunks:
         hidden, kwargs = record(shell, blocks, chunk)
-        first.append(hidden.to(device if len(chunks) == 1 else home))
+        first.append(hidden.to(places[0] if len(chunks) == 1 else home))
         arguments.append(kwargs)
     return walk, first, arguments
 
 
-def _chunk_rows(block: nn.Module, tokens: Tensor, device: torch.device, chunk_tokens: int | None) -> int:
+def _chunk_rows(
+    model: nn.Module, block: nn.Module, tokens: Tensor, places: list[torch.device], chunk_tokens: int | None
+) -> int:
     """Sequences of ``tokens`` whose activations in one block fit the budget."""
     if chunk_tokens is None:
         widths = [m.in_features + m.out_features for m in linears_of(block).values()]
         size = next(block.parameters()).element_size()
         a_token = sum(widths) * size + 8 * max(widths)  # what the block keeps, and a float32 copy of the widest input
-        budget = CPU_BUDGET if device.type == "cpu" else GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
-        chunk_tokens = int(budget // a_token)
+        chunk_tokens = int(min(_budget(model, device) for device in set(places)) // a_token)
     return max(1, chunk_tokens // tokens.shape[1])
+
+
+def _budget(model: nn.Module, device: torch.device) -> float:
+    """Bytes for activations. What lies on the GPU for good is not to be had: the model there, its compressed copy, the copy's codes."""
+    if device.type == "cpu":
+        return CPU_BUDGET
+    there = sum(2 * p.nbytes + p.numel() for p in model.parameters() if p.device == device)
+    return GPU_SHARE * (torch.cuda.get_device_properties(device).total_memory - there)
 
 
 def _replace_linears(cell: Cell, block: nn.Module, prefix: str) -> dict[str, tuple[nn.Linear, nn.Module, MethodConfig]]:

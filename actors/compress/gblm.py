@@ -16,20 +16,23 @@ from .masks import masked
 from .structure import clone, decoder_blocks, linears_of, on_device, record, to_device
 from .wanda import ScoredConfig, prune
 
+#: The gradients of a mean over tokens are so small that most underflow in float16. A power of two: elsewhere it changes no digit.
+LOSS_SCALE = 1024.0
+
 
 class GblmConfig(ScoredConfig):
     gradient_scale: float = Field(default=100.0, ge=0, description="weight of the gradient term; 0 is Wanda")
 
 
 class Gradients:
-    """||dL/dw||_2 over the calibration sequences, for every linear: [O, I] float32, on the model's device."""
+    """||dL/dw||_2 over the calibration sequences, for every linear: [O, I] float32, where the linear is."""
 
     def __init__(self, norms: dict[str, Tensor], samples: int) -> None:
         self.norms, self.samples = norms, samples
 
 
 def prepare(
-    model: nn.Module, linears: dict[str, nn.Linear], config: GblmConfig, *, tokens: Tensor, device: torch.device,
+    model: nn.Module, linears: dict[str, nn.Linear], config: GblmConfig, *, tokens: Tensor, places: list[torch.device],
     progress: Progress | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of the mean next-token loss of each sequence, block by block from the top: one block's activations at a time.
@@ -43,7 +46,6 @@ def prepare(
                 module._parameters[name] = nn.Parameter(p.detach(), requires_grad=False)
     prefix, blocks = decoder_blocks(shell)
     tokens = tokens.to(next(shell.parameters()).device)
-    home = tokens.device
     hidden: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]  # input of each block, by sequence
     with torch.no_grad():
         arguments = []
@@ -52,32 +54,36 @@ def prepare(
             hidden[0].append(first)
             arguments = kwargs
         for b, block in enumerate(blocks):
-            with on_device(block, device, {}):
-                hidden[b + 1] = [block(h.to(device), **to_device(arguments[b], device)).to(home) for h in hidden[b]]
+            home = next(block.parameters()).device
+            with on_device(block, places[b], {}):
+                kwargs = to_device(arguments[b], places[b])
+                hidden[b + 1] = [block(h.to(places[b]), **kwargs).to(home) for h in hidden[b]]
             if progress:
                 progress("gradients", b + 1, 2 * len(blocks))
     grads = [_loss_gradient(shell, blocks, row, h) for row, h in zip(tokens.split(1), hidden.pop(), strict=True)]
     norms: dict[str, Tensor] = {}
     for b in reversed(range(len(blocks))):
         block, squares = blocks[b], {}
+        home = next(block.parameters()).device
         hooks = [
             m.register_forward_hook(_gather(squares, n)) for n, m in linears_of(block).items() if f"{prefix}.{b}.{n}" in linears
         ]
-        with on_device(block, device, {}):
+        with on_device(block, places[b], {}):
+            kwargs = to_device(arguments[b], places[b])
             for i, h in enumerate(hidden.pop()):
-                leaf = h.to(device).detach().requires_grad_(True)
-                (grad,) = torch.autograd.grad(block(leaf, **to_device(arguments[b], device)), leaf, grads[i].to(device))
+                leaf = h.to(places[b]).detach().requires_grad_(True)
+                (grad,) = torch.autograd.grad(block(leaf, **kwargs), leaf, grads[i].to(places[b]))
                 grads[i] = grad.to(home)
         for hook in hooks:
             hook.remove()
-        norms |= {f"{prefix}.{b}.{n}": s.sqrt_().to(home) for n, s in squares.items()}
+        norms |= {f"{prefix}.{b}.{n}": s.sqrt_().div_(LOSS_SCALE).to(home) for n, s in squares.items()}
         if progress:
             progress("gradients", 2 * len(blocks) - b, 2 * len(blocks))
     return Gradients(norms, len(tokens))
 
 
 def _loss_gradient(shell: nn.Module, blocks: nn.ModuleList, row: Tensor, top: Tensor) -> Tensor:
-    """d loss / d (output of the last block), for one sequence."""
+    """LOSS_SCALE x d loss / d (output of the last block), for one sequence."""
     leaf = top.detach().requires_grad_(True)
     try:
         for block in blocks:
@@ -87,8 +93,8 @@ def _loss_gradient(shell: nn.Module, blocks: nn.ModuleList, row: Tensor, top: Te
     finally:
         for block in blocks:
             del block.forward
-    loss = F.cross_entropy(logits[0, :-1].float(), row[0, 1:])
-    return torch.autograd.grad(loss, leaf)[0]
+    loss = F.cross_entropy(logits[0, :-1].float(), row[0, 1:].to(logits.device))
+    return torch.autograd.grad(LOSS_SCALE * loss, leaf)[0]
 
 
 def _gather(squares: dict[str, Tensor], name: str):

@@ -97,11 +97,10 @@ def totals(
     zeros = sum(
         row["sparsity"] * stored[row["layer"]].shape[0] * stored[row["layer"]].shape[1] for row in layers if row["sparsity"]
     )
-    home = next(dense.parameters()).device
     return Compressed(
         model,
         layers,
-        {name: _to(s, home) for name, s in stored.items()},
+        stored,
         size_bytes=whole - replaced + packed,
         bits_per_weight=8 * packed / weights if weights else 8 * whole / parameters,
         sparsity_reached=zeros / weights if isinstance(config, PruningConfig) and weights else None,
@@ -109,6 +108,6 @@ def totals(
     )
 
 
-def _to(s: StoredLinear, device: torch.device) -> StoredLinear:
+def moved_to(s: StoredLinear, device: torch.device) -> StoredLinear:
     tensors = {k: getattr(s, k) for k in ("codes", "scale", "zero", "group_index", "input_scale")}
     return replace(s, **{k: t.to(device) for k, t in tensors.items() if t is not None})

@@ -68,6 +68,7 @@ def _in_blocks(
     groups = getattr(module, "num_key_value_groups", 1)
     out = []
     for start, end, keys in _plan:
+        keys = keys.to(key_BHND.device)  # layers may lie on several devices
         out.append(
             torch.nn.functional.scaled_dot_product_attention(
                 query_BHTD[:, :, start:end],

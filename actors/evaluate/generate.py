@@ -251,13 +251,14 @@ class Generator:
                 (distance_BN >= 0)[:, None, None],
                 distance_BN[:, None, None],
                 cache.at(lengths_B, used),
-                torch.zeros(1, dtype=torch.long, device=self.device),
+                1,
             )
 
     def _fits(self, rows: list[_Row], decoding: Decoding) -> bool:
         """Whether the keys and values of these rows, padded to the longest, stay within the memory set aside; one row always does."""
         if self.device.type == "cuda":
-            limit = GPU_KEYS_VALUES * torch.cuda.mem_get_info(self.device)[0]
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # in torch's own cache
+            limit = GPU_KEYS_VALUES * (torch.cuda.mem_get_info(self.device)[0] + unused)
         else:
             limit = CPU_KEYS_VALUES
         slots = _tiles(max(len(r.path) for r in rows) + decoding.max_new_tokens)
@@ -326,7 +327,7 @@ class Generator:
                 torch.from_numpy(mask_TS).to(self.device)[None, None],
                 (positions_T[:, None] - positions_S)[None, None],
                 cache,
-                torch.tensor(wanted, device=self.device),
+                wanted,
             )
 
     def _forward(
@@ -336,9 +337,12 @@ class Generator:
         seen_B1TN: torch.Tensor,
         distance_B1TN: torch.Tensor,
         cache: SlotCache,
-        wanted_K: torch.Tensor,
+        wanted_K: int | list[int],
     ) -> torch.Tensor:
-        """Logits [B, K, V] at positions ``wanted_K``; keys and values of the tokens are appended to ``cache``."""
+        """Logits [B, K, V] at positions ``wanted_K``, or the last ``wanted_K``; keys and values of the tokens go to ``cache``.
+
+        Positions are a list, not a tensor, because the last layer may lie on another device than the first.
+        """
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
@@ -386,8 +390,8 @@ def _likelihood(logits_KV: torch.Tensor, targets: tuple[int, ...]) -> Likelihood
     logprob = float((picked_K - logits_KV.logsumexp(-1)).double().sum())
     if logprob != logprob:
         raise CellError("the model's logits are NaN: its weights are broken")
-    best_K2, top_K2 = logits_KV.topk(2, dim=-1)
-    mine_K = top_K2[:, 0] == index_K1[:, 0]
+    best_K2 = logits_KV.topk(2, dim=-1).values
+    mine_K = logits_KV.argmax(-1) == index_K1[:, 0]  # of equal logits the first, as in answers
     margin_K = picked_K - torch.where(mine_K, best_K2[:, 1], best_K2[:, 0])
     return Likelihood(logprob, bool(mine_K.all()), float(margin_K.min()))
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import torch
 from comptrust.actors.compress import compress
 from comptrust.actors.compress.gblm import GblmConfig, prepare
@@ -16,11 +18,21 @@ def test_gradients_are_those_of_the_whole_model(tokens):
         model(input_ids=row[None], labels=row[None]).loss.backward()
         for n, m in linears.items():
             squares[n] += m.weight.grad.square()
-    got = prepare(model, linears, GblmConfig(), tokens=tokens[:3], device=torch.device("cpu"))
+    got = prepare(model, linears, GblmConfig(), tokens=tokens[:3], places=[torch.device("cpu")] * 2)
     assert got.samples == 3 and got.norms.keys() == linears.keys()
     for n in linears:
         assert torch.allclose(got.norms[n], squares[n].sqrt(), rtol=1e-3, atol=1e-4 * float(squares[n].max().sqrt()))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_gradients_do_not_underflow_in_float16(llama, tokens):
+    linears = {n: m for n, m in llama.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    exact, half = (
+        prepare(m, linears, GblmConfig(), tokens=tokens[:2].repeat(1, 8), places=[torch.device("cpu")] * 2).norms
+        for m in (llama, copy.deepcopy(llama).half())
+    )
+    errors = [float((half[n] - exact[n]).norm() / exact[n].norm()) for n in linears]
+    assert max(errors) < 0.02, errors
 
 
 def test_without_the_gradient_it_is_wanda_and_with_it_is_not(llama, tokens):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comptrust.actors.errors import BadInput, CellError
-from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, noise
+from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, _likelihood, noise
 from comptrust.actors.evaluate.packing import packs
 from comptrust.actors.evaluate.protocol import Decoding, Message
 from comptrust.actors.evaluate.template import check_template, encode, plain
@@ -130,6 +130,16 @@ def test_the_first_of_equal_logits_is_taken():
         ids = torch.tensor([prompt.tokens])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
         assert answer.margin == 0 and list(answer.tokens) == expected[0, len(prompt.tokens) :].tolist()[: len(answer.tokens)]
+
+
+@pytest.mark.parametrize("size", [3, 97, 50_000])
+def test_of_equal_logits_the_first_is_the_greedy_continuation(size):
+    """As in answers. topk names any of them, and which one depends on the size."""
+    logits_KV = torch.zeros(1, size)
+    logits_KV[0, size // 3 :: 2] = 1.0
+    greedy = [_likelihood(logits_KV, (t,)).greedy for t in range(size // 3, min(size, size // 3 + 40))]
+    assert greedy == [True, *[False] * (len(greedy) - 1)]
+    assert _likelihood(logits_KV, (size // 3,)).margin == 0 or size == 3
 
 
 def test_sampling_draws_from_the_softmax():

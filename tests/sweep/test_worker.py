@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 from comptrust.actors.actor import Worker, WorkerConfig, dense_of
 from comptrust.actors.errors import CellError
@@ -109,6 +111,42 @@ def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypat
     assert (row["status"], row["error_type"]) == ("failed", "CellError")
     assert made.run(cells[1])["status"] == "done"
     assert rows(tmp_path, "select * from failed") == []  # it has succeeded since
+
+
+def test_a_kept_error_keeps_no_tensors_but_its_traceback(grid, tmp_path, monkeypatch, caplog):
+    """What the failed compression held must not count in the next cell's peak, nor stand in its way."""
+    import torch
+    from comptrust.actors import compress
+
+    config, cells = grid
+    made = worker(config, tmp_path)
+    left = []
+
+    def broken(*args, **kwargs):
+        activations = torch.zeros(3)
+        left.append(weakref.ref(activations))
+        try:
+            raise KeyError("inner")
+        except KeyError as e:
+            raise ZeroDivisionError("outer") from e
+
+    monkeypatch.setattr(compress, "compress", broken)
+    made.prepare(cells[1])
+    assert left[0]() is None and made.error is not None
+    made.evaluate(cells[1])
+    assert "in broken" in caplog.text and "ZeroDivisionError: outer" in caplog.text
+
+
+def test_the_peak_starts_when_the_old_model_is_gone(grid, tmp_path, monkeypatch):
+    from comptrust.actors.cost import PeakMemory
+
+    config, cells = grid
+    made, before = worker(config, tmp_path), []
+    made.prepare(cells[0])
+    old = weakref.ref(made.model)
+    monkeypatch.setattr(PeakMemory, "start", lambda self: before.append(old()))
+    made.prepare(cells[0].model_copy(update={"dtype": "bfloat16"}))
+    assert before == [None] and made.error is None
 
 
 def test_without_a_dense_reference_divergence_is_null_and_the_cell_runs(grid, tmp_path):

@@ -1,0 +1,153 @@
+"""A model on a GPU, or over two, gives what it gives on the CPU, and everything lies where it belongs. Without a GPU: simulated_gpus.py."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comptrust.actors.compress import METHODS, compress, engine
+from comptrust.actors.compress.artifacts import dump, restore
+from comptrust.actors.evaluate.generate import Generator, Prompt
+from comptrust.actors.evaluate.protocol import Decoding
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from simulated_gpus import OnGpu, put_on, simulated_gpus, spread
+
+TOKENS = torch.randint(0, 128, (12, 32), generator=torch.Generator().manual_seed(0))
+PROMPTS = [Prompt("a", tuple(range(5))), Prompt("b", tuple(range(3, 20))), Prompt("c", tuple(range(50, 53)))]
+PAIRS = [((1, 2, 3), (4, 5)), ((1, 2, 3), (6,)), (tuple(range(90)), (7, 8))]
+CELLS = [
+    ("rtn", {"group_size": 32}),
+    ("gptq", {"group_size": 32}),
+    ("awq", {"group_size": 32}),
+    ("smoothquant", {}),
+    ("magnitude", {"scope": "global"}),
+    ("wanda", {"pattern": "2:4"}),
+    ("sparsegpt", {}),
+    ("gblm", {}),
+]
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4,
+        max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def places(model) -> dict[str, torch.device]:
+    return {name: p.device for name, p in model.named_parameters()}
+
+
+class Numbers:
+    eos_token_id = None
+
+    def get_added_vocab(self) -> dict:
+        return {}
+
+    def decode(self, tokens, **_) -> str:
+        return str(tokens)
+
+
+def answer(model) -> tuple:
+    generator = Generator(model, Numbers(), batch_size=2)
+    with torch.no_grad():  # the functions below inference_mode, which the simulation does not know
+        answers = Generator.generate.__wrapped__(generator, PROMPTS, Decoding(6))
+        scores = Generator.score.__wrapped__(generator, PAIRS)
+    return [a.tokens for a in answers], [round(s.logprob, 3) for s in scores]
+
+
+def test_the_simulation_refuses_what_cuda_refuses():
+    model = put_on(llama())
+    with simulated_gpus():
+        with pytest.raises(RuntimeError, match="same device"):
+            model(input_ids=TOKENS[:1])
+        logits = model(input_ids=TOKENS[:1].to("cuda:0")).logits
+        assert logits.device == torch.device("cuda", 0)
+        assert torch.allclose(logits.cpu(), llama()(input_ids=TOKENS[:1]).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("place", [put_on, spread])
+def test_answers_and_likelihoods(place, tied):
+    expected = answer(llama(tied))
+    with simulated_gpus():
+        assert answer(place(llama(tied))) == expected
+
+
+@pytest.mark.parametrize(("method", "params", "chunk"), [(*cell, None) for cell in CELLS] + [("gptq", {"group_size": 32}, 96)])
+def test_a_spread_model_is_compressed_where_it_lies(method, params, chunk):
+    spec = METHODS[method]
+    config = spec.config.model_validate(params)
+    (expected,) = engine.run(llama(), [(spec, config)], TOKENS, chunk_tokens=chunk)
+    with simulated_gpus():
+        model = spread(llama())
+        (done,) = engine.run(model, [(spec, config)], TOKENS, chunk_tokens=chunk)
+        assert places(done.model) == places(model)
+        for name, stored in done.stored.items():
+            here = model.get_submodule(name).weight.device
+            assert all(t.device == here for t in (stored.codes, stored.scale) if t is not None), name
+        logits = done.model(input_ids=TOKENS[:2].to("cuda:0")).logits.cpu()
+    wanted = expected.model(input_ids=TOKENS[:2]).logits
+    assert (logits - wanted).norm() < 5e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_no_codes_stay_on_the_gpu_when_blocks_are_streamed(method):
+    """A model in host memory may be far larger than the GPU, and so may its codes."""
+    left = []
+
+    def after_block(stage, done, total):
+        gc.collect()
+        left.append(sum(isinstance(t, OnGpu) and t.dtype == torch.int8 for t in gc.get_objects()))
+
+    config = METHODS[method].config.model_validate({"group_size": 32})
+    with simulated_gpus():
+        (done,) = engine.run(llama(), [(METHODS[method], config)], TOKENS, device=torch.device("cuda", 0), progress=after_block)
+    assert left == [0] * 4
+    assert {s.codes.device.type for s in done.stored.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("place", [put_on, spread])
+def test_artefacts_come_back_where_the_model_lies(place):
+    made = compress(llama(), "gptq", {"group_size": 32}, TOKENS)
+    with simulated_gpus():
+        model = place(llama())
+        done = compress(model, "gptq", {"group_size": 32}, TOKENS)
+        tensors, meta = dump(done, model)
+        assert len(meta["rebuilt"]) == len(done.stored)
+        back = restore(model, {name: t.cpu() for name, t in tensors.items()}, meta)
+        assert places(back.model) == places(model)
+        # a checkpoint that another library wrote is read with codes on the CPU
+        read = place(made.model)
+        made.model = read
+        assert len(dump(made, model)[1]["rebuilt"]) == len(made.stored)
+
+
+def test_what_lies_on_the_gpu_leaves_less_for_activations():
+    budget = {}
+    with simulated_gpus(memory=2**30):
+        for model in (llama(), put_on(llama())):
+            budget[next(model.parameters()).device.type] = engine._budget(model, torch.device("cuda", 0))
+    assert budget["cpu"] == 0.4 * 2**30
+    weights = sum(p.numel() for p in llama().parameters())
+    assert budget["cuda"] == pytest.approx(0.4 * (2**30 - weights * (4 + 4 + 1)))
+
+
+def test_memory_in_torchs_own_cache_is_free(monkeypatch):
+    """Of 1000 bytes 100 are free, 600 in the cache and unused: a batch may take 40% of 700."""
+    with simulated_gpus():
+        generator = Generator(put_on(llama()), None)
+        row = lambda: type("Row", (), {"path": range(3), "cache": type("Cache", (), {"bytes_a_slot": 140 / 64})})()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 900)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+        assert generator._fits([row(), row()], Decoding(6))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 310)
+        assert not generator._fits([row(), row()], Decoding(6))
