@@ -163,7 +163,8 @@ def print_summary(outcome: Any, console: Console) -> None:
     _frontier(results, console)
     console.print(
         f"\nnext: comptrust recommend {outcome.results}   comptrust report {outcome.results} -o report.html\n"
-        f'      comptrust query {outcome.results} "select method, bits, trust, worst_drop from results"   comptrust status {outcome.results}',
+        f'      comptrust query {outcome.results} "select method, bits, trust, worst_drop from results"\n'
+        f"      comptrust status {outcome.results}",
         highlight=False,
         markup=False,
     )

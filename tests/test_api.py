@@ -65,7 +65,7 @@ def test_the_command_prints_both(folder, capsys):
     app(
         [
             "evaluate", str(folder / "rtn2"), "--dense", str(folder / "dense"), "--suite", "smoke", "--dimension", "ethics",
-            "--set", "per_dimension=4", "--set", "perplexity={windows: 1, seqlen: 64}",
+            "--set", "per_dimension=4", "--set", "perplexity.windows=1", "--set", "perplexity.seqlen=64",
         ],
         standalone_mode=False,
     )  # fmt: skip

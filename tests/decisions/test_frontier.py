@@ -80,6 +80,17 @@ def test_missing_values_never_dominate(tmp_path):
     assert [r["rank"] for r in found.rows() if r["size_bytes"] is None] == [None]
 
 
+def test_cells_asked_different_questions_are_not_compared(tmp_path):
+    record = Record(tmp_path)
+    write_cell(record, "dense", {}, mmlu=50.0, size_bytes=100)
+    smoke = write_cell(record, "dense", {}, mmlu=90.0, size_bytes=100, suite="smoke", evaluation="e2")
+    write_cell(record, "rtn", {}, mmlu=99.0, suite="full", evaluation="e3")  # no size: not in the comparison
+    results = load_results(tmp_path)
+    with pytest.raises(BadInput, match="in 2 ways .*suite = 'standard'"):
+        pareto(results, ["size_bytes"], ["mmlu"], probability=False)
+    assert pareto(results, ["size_bytes"], ["mmlu"], "suite = 'smoke'", probability=False).frontier_keys() == [smoke]
+
+
 def test_hypervolume_by_hand(tmp_path):
     record = Record(tmp_path)
     for i, (size, mmlu) in enumerate([(0, 0), (5, 5), (10, 10), (10, 0)]):

@@ -192,6 +192,8 @@ def test_command_line_exits_2_with_one_line(tiny, tmp_path):
         (["run", str(path), "--set", "methods.0.bits=5"], "error: methods[0].bits: 5"),
         (["run", str(path), "--address", "127.0.0.1:1"], "error: --address: nothing answers at '127.0.0.1:1'"),
         (["run", str(path), "--set", "resources.gpus=64"], "error: resources: a cell of"),
+        (["run", str(path), "--set", "methods.0.bits=[]"], "error: methods[0]: bits is an empty list"),
+        (["evaluate", str(tiny), "--set", "perplexity.window=1"], "unknown field 'window'. Did you mean 'windows'?"),
         (["query", str(tmp_path / "nothing"), "select 1"], "error: RESULTS: no results in"),
         (["status", str(tmp_path / "nothing")], "error: RESULTS: no sweep in"),
         (["compress", str(tiny), "--method", "rtn", "--bits", "7", "-o", str(tmp_path / "o")], "error: rtn.bits: 7"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 
 import pytest
-from comptrust.actors.actor import Worker, WorkerConfig, dense_of
+from comptrust.actors.actor import Worker, WorkerConfig, cell_row, dense_of
+from comptrust.actors.calibration import CalibrationConfig
+from comptrust.actors.cell import Cell
 from comptrust.actors.errors import CellError
 from comptrust.actors.evaluate.protocol import Outcome
 from comptrust.actors.record import Record
 from comptrust.sweep.config import load_config
+from comptrust.sweep.effects import config_of
 from comptrust.sweep.grid import expand
 from comptrust.sweep.rescore import rescore
 from comptrust.sweep.results import load_results
@@ -204,3 +208,18 @@ def test_items_hold_what_a_scorer_needs(computed):
     assert outcomes <= {str(o) for o in Outcome}
     n = rows(computed[0], "select dimension, count(*) n from items group by dimension order by dimension")
     assert n == [{"dimension": "ethics", "n": 4 * 16}, {"dimension": "stereotype", "n": 4 * 16}]
+
+
+@pytest.mark.parametrize("knob", [{"weights": [1.0, 3.0]}, {"template": True}, {"template": True, "system": "Be brief."}])
+def test_only_the_seed_of_a_calibration_makes_two_cells_one_configuration(knob):
+    def row(**calibration):
+        cell = Cell(
+            model="m", revision="r", method="gptq", params={"bits": 4}, dtype="float32", calibration_digest="d",
+            calibration=CalibrationConfig(**calibration).model_dump(mode="json"),
+        )  # fmt: skip
+        return {**cell_row(cell), "params": json.dumps({"bits": 4})}
+
+    source = ["a.txt", "b.txt"] if "weights" in knob else "a.txt"
+    one = config_of(row(source=source, **knob))
+    assert one == config_of(row(source=source, **knob, seed=5)) != config_of(row(source=source))
+    assert row(source="a.txt")["calibration"] == "a.txt"
