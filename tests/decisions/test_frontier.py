@@ -86,7 +86,7 @@ def test_cells_asked_different_questions_are_not_compared(tmp_path):
     smoke = write_cell(record, "dense", {}, mmlu=90.0, size_bytes=100, suite="smoke", evaluation="e2")
     write_cell(record, "rtn", {}, mmlu=99.0, suite="full", evaluation="e3")  # no size: not in the comparison
     results = load_results(tmp_path)
-    with pytest.raises(BadInput, match="in 2 ways .*suite = 'standard'"):
+    with pytest.raises(BadInput, match=r"in 2 ways .*suite = 'standard'"):
         pareto(results, ["size_bytes"], ["mmlu"], probability=False)
     assert pareto(results, ["size_bytes"], ["mmlu"], "suite = 'smoke'", probability=False).frontier_keys() == [smoke]
 
