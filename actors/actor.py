@@ -298,12 +298,13 @@ def dense_of(cell: Cell) -> Cell:
 
 
 def _calibration_text(calibration: Mapping[str, Any]) -> str | None:
-    """The source alone where it says all that has no column of its own, else the whole block as JSON; None without calibration."""
+    """The source; with what else was chosen and has no column of its own (weights, template, system) as JSON."""
     plain = CalibrationConfig().model_dump(mode="json")
-    columns = ("source", "samples", "seqlen", "seed")
-    if isinstance(calibration.get("source"), str) and all(v == plain[k] for k, v in calibration.items() if k not in columns):
-        return calibration["source"]
-    return canonical(dict(calibration)) if calibration else None
+    shown = {
+        k: v for k, v in calibration.items() if k not in ("samples", "seqlen", "seed") and (k == "source" or v != plain[k])
+    }
+    source = shown.get("source")
+    return source if len(shown) < 2 and isinstance(source, str | None) else canonical(shown)
 
 
 def cell_row(cell: Cell, **more: Any) -> dict[str, Any]:

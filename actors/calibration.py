@@ -41,7 +41,7 @@ SHORTEST = 8
 
 
 class CalibrationConfig(BaseModel):
-    """What to calibrate on. Every field changes the tokens, so every field may be an axis of a grid."""
+    """What to calibrate on. Every field changes the tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
