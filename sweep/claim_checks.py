@@ -52,6 +52,9 @@ def _keeps(base: Base, claim: str, rates: Sequence[str], margin: float) -> Findi
         observed += (
             f"; {best.effect.delta:+.1f} {best.effect.dimension} ({label(best.row)}) is no loss but no 8-bit effect either"
         )
+    seen = [d for d in DIMENSIONS if any(c.effect.dimension == d for c in changes)]
+    if len(seen) < len(DIMENSIONS):
+        observed += f"; rests on {', '.join(seen)} alone"
     verdict, leaning = all_above(changes, -margin)
     if silenced(base, rows):  # no drop is measured there, and none is excluded
         verdict, leaning = (UNDECIDED if verdict == HOLDS else verdict), FAILS

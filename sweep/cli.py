@@ -276,7 +276,8 @@ def rescore(results: ResultsArg) -> None:
     """Metrics again from stored items, no model: after a better scorer or a corrected parser."""
     from .rescore import rescore as again
 
-    print(f"{again(results)} cells rescored")
+    cells, changed = again(results)
+    print(f"{cells} cells rescored, {changed} answers judged otherwise than before")
 
 
 # -- one model --------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def _effect(e: Effect) -> list[str]:
         change = f"[{'red' if (e.delta or 0) < 0 else 'green'}]{change}[/]"
     refusal = "-" if e.refusal_change is None else f"{100 * e.refusal_change:+.0f}"
     values = [
-        show(e.score, ".1f"),
+        "silent" if e.silenced else show(e.score, ".1f"),
         show(e.dense, ".1f"),
         change,
         *(("-", interval) if e.basis == "seeds" else (interval, "-")),

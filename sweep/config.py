@@ -265,7 +265,23 @@ def validate(model: type[BaseModel], data: Any, where: str = "") -> Any:
         shown = repr(err.get("input"))
         value = "" if shown in problem or len(shown) > 80 or err["type"] == "missing" else f" (got {shown})"
         more = f" ({len(errors) - 1} more after this one.)" if len(errors) > 1 else ""
-        raise BadInput(f"{problem}{value}", where=full, fix=more.strip()) from None
+        problem, fix = _shape(model, err) or (f"{problem}{value}", "")
+        raise BadInput(problem, where=full, fix=f"{fix}{more}".strip()) from None
+
+
+def _shape(model: type[BaseModel], err: Any) -> tuple[str, str] | None:
+    """(problem, fix) of a value of the wrong form: one for a list, a bare one for a mapping, text for a list of numbers."""
+    given = err.get("input")
+    shown = given if isinstance(given, str) else json.dumps(given, default=str)
+    if err["type"] in ("tuple_type", "list_type"):
+        return f"{given!r} is no list", f"Write [{shown}]."
+    if err["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        fields = _fields_at(model, (*err["loc"], ""))
+        first = f"Write {{{fields[0]}: {shown}}}. Fields: {', '.join(fields)}." if fields else "Write {field: value}."
+        return f"{given!r} is no mapping", first
+    if err["type"] in ("int_parsing", "float_parsing", "bool_parsing") and isinstance(given, str) and "," in given:
+        return f"{given!r} is text", f"A list is written [{given}]."
+    return None
 
 
 def _yaml_path(loc: tuple[int | str, ...], data: Any) -> str:

@@ -447,17 +447,18 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
     from rich.table import Table
 
     from .effects import label
+    from .names import distinct
 
     shown = frontier.rows(frontier_only=True)[:limit]
     keys = [r["key"] for r in shown]
     cells = {
         r["key"]: r
         for r in results.rows(
-            "select key, model, method, bits, group_size, sparsity, pattern, seed from results"
-            " where key in (select unnest(?::varchar[]))",
+            "select * from cells where key in (select unnest(?::varchar[]))",
             [keys],
         )
     }
+    names = dict(zip(cells, distinct(list(cells.values()), [label(c) for c in cells.values()]), strict=True))
     best = frontier.maximise[0] if frontier.maximise else frontier.minimise[0]
     shown.sort(key=lambda r: r[best], reverse=bool(frontier.maximise))
     total, complete = len(frontier.keys), int((~np.isnan(frontier.values).any(axis=1)).sum())
@@ -476,7 +477,7 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
         table.add_column("vs small dense")
     for row in shown:
         cell = cells[row["key"]]
-        line = [row["key"][:8], cell["model"], label(cell), *(number(row[n]) for n in frontier.objectives)]
+        line = [row["key"][:8], cell["model"], names[row["key"]], *(number(row[n]) for n in frontier.objectives)]
         if frontier.basis:
             line.append("-" if row["probability"] is None else f"{row['probability']:.2f}")
         if small:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..actors.cell import Cell, canonical
+from ..actors.cell import METHODS, Cell, canonical
 from ..actors.errors import BadInput
 from .config import CalibrationAxes, MethodConfig, ModelConfig, SweepConfig, unknown, validate
 
@@ -28,6 +28,8 @@ class Grid:
     skipped: list[Skip]
     plan: Any
     need: dict[str, ModelConfig] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)  # rules of ``exclude`` that fitted a cell
+    notes: list[str] = field(default_factory=list)  # what may not be meant
 
     @property
     def keys(self) -> list[str]:
@@ -49,13 +51,14 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
     if (absent := uninstalled(config)) and installed:
         raise absent[0]
     plan = plan_evaluation(config.evaluation, load_pack())
-    grid = Grid([], [], plan)
+    grid = Grid([], [], plan, notes=list(plan.notes))
     for i, model in enumerate(config.models):
         if progress:
             progress("models", i, len(config.models))
         _expand_model(config, i, model, blocks, grid)
     if progress:
         progress("models", len(config.models), len(config.models))
+    grid.notes += [f"exclude[{i}] fits no cell: {rule}" for i, rule in enumerate(config.exclude) if i not in grid.used]
     unique = {c.key: c for c in grid.cells}
     grid.cells = list(unique.values())
     return grid
@@ -85,9 +88,12 @@ def _check_exclude(config: SweepConfig) -> None:
     known = {"model", "method", "backend", "dtype", "seed", "samples", "seqlen", "calibration"}
     known |= {f for m in compress.METHODS.values() for f in m.config.model_fields}
     for i, rule in enumerate(config.exclude):
-        for name in rule:
+        for name, value in rule.items():
             if name not in known:
                 raise BadInput(unknown(name, sorted(known), "field"), where=f"exclude[{i}].{name}")
+            for v in value if isinstance(value, list | tuple) else [value]:
+                if name == "method" and v not in METHODS:
+                    raise BadInput(unknown(v, METHODS, "method"), where=f"exclude[{i}].{name}")
 
 
 def _check_engine(config: SweepConfig) -> None:
@@ -124,11 +130,13 @@ def uninstalled(config: SweepConfig) -> list[BadInput]:
     return found
 
 
-def excluded(config: SweepConfig, facts: dict[str, Any]) -> bool:
+def excluded(config: SweepConfig, facts: dict[str, Any]) -> list[int]:
+    """Rules of ``exclude`` that the cell of ``facts`` fits."""
+
     def fits(want: Any, have: Any) -> bool:
         return have in want if isinstance(want, list | tuple) else have == want
 
-    return any(all(fits(v, facts.get(k)) for k, v in rule.items()) for rule in config.exclude)
+    return [i for i, rule in enumerate(config.exclude) if all(fits(v, facts.get(k)) for k, v in rule.items())]
 
 
 def _expand_model(
@@ -179,7 +187,8 @@ def _expand_model(
                 cell = Cell(
                     **base, method=block.method, params=params, backend=backend, calibration=spec, calibration_digest=digest
                 )
-                if excluded(config, {**(spec or {}), **params, **base, "method": block.method, "backend": backend}):
+                if fits := excluded(config, {**(spec or {}), **params, **base, "method": block.method, "backend": backend}):
+                    grid.used.update(fits)
                     continue
                 if reason:
                     grid.skipped.append(Skip(model.id, cell.label, reason))

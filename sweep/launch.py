@@ -34,6 +34,7 @@ from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig, load_config
 from .grid import Grid, expand, held, order
+from .names import of_cells
 from .pool import Need, Pool
 from .progress import View
 from .results import load_results
@@ -169,6 +170,7 @@ def register(record: Record, config: SweepConfig, grid: Grid) -> str:
             break
     else:
         identity = uuid.uuid4().hex[:8]
+    names = of_cells(grid.cells)
     record.put_json(
         f"sweeps/{identity}.json",
         {
@@ -176,7 +178,7 @@ def register(record: Record, config: SweepConfig, grid: Grid) -> str:
             "name": config.name,
             "config": config.model_dump(mode="json"),
             "keys": grid.keys,
-            "labels": {c.key: f"{c.model} {c.label}" for c in grid.cells},
+            "labels": {c.key: f"{c.model} {names[c.key]}" for c in grid.cells},
             "skipped": [vars(s) for s in grid.skipped],
             "earlier": earlier,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),

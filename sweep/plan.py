@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig
 from .grid import checked, excluded, expand, held, uninstalled
+from .names import of_cells
+
+if TYPE_CHECKING:
+    from ..actors.evaluate.run import EvaluationPlan
 
 #: Sustained share of a GPU's dense bf16 peak in forward passes of compression and prefill (an H100 reaches about 40%), FLOP/s.
 FLOPS = 400e12
@@ -50,8 +54,9 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         )
         n_done = sum(c.key in done for c in cells)
         per_model.append(_row(model.id, ref.revision, cells[0].dtype, params, len(cells), n_done, seconds, width, config))
-    listed = [{"key": c.key, "model": c.model, "cell": c.label, "done": c.key in done} for c in grid.cells]
-    return _answer(config, listed, [vars(s) for s in grid.skipped], per_model, [])
+    names = of_cells(grid.cells)
+    listed = [{"key": c.key, "model": c.model, "cell": names[c.key], "done": c.key in done} for c in grid.cells]
+    return _answer(config, grid.plan, listed, [vars(s) for s in grid.skipped], per_model, grid.notes)
 
 
 def _prompt_tokens(evaluation: Any) -> float:
@@ -85,13 +90,15 @@ def _row(
 
 
 def _answer(
-    config: SweepConfig, cells: list[dict[str, Any]], skipped: list[dict[str, Any]], per_model: list[dict[str, Any]], notes: list[str]
+    config: SweepConfig, evaluation: EvaluationPlan, cells: list[dict[str, Any]], skipped: list[dict[str, Any]],
+    per_model: list[dict[str, Any]], notes: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     notes = [*notes, *(f"{e}: `run` needs it" for e in uninstalled(config))]
     return {
         "sweep": config.name,
         "results": config.results,
         "suite": config.evaluation.suite,
+        "data": evaluation.data,
         "cells": len(cells),
         "done": sum(c["done"] for c in cells),
         "models": per_model,
@@ -146,7 +153,14 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
                     seconds += _seconds(block.method, tokens, params or 0, 2, prompt, evaluation.new_tokens)
         cells += mine
         per_model.append(_row(model.id, None, model.dtype, params, len(mine), 0, seconds if params else None, 2, config))
-    return _answer(config, cells, [], per_model, [f"{why}: cells have no keys yet, sizes are read from the names"])
+    return _answer(
+        config,
+        evaluation,
+        cells,
+        [],
+        per_model,
+        [*evaluation.notes, f"{why}: cells have no keys yet, sizes are read from the names"],
+    )
 
 
 def parameters(config: Any) -> int:

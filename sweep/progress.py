@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..actors.cell import DIMENSIONS
+from .names import of_cells
 
 LINE_EVERY_S = 15.0
 FRONTIER_LINES = 6
@@ -55,13 +56,16 @@ class View:
 
     def plan(self, config: Any, grid: Any, done: int) -> None:
         """What is about to happen."""
-        self.labels = {c.key: f"{c.model.split('/')[-1]} {c.label}" for c in grid.cells}
+        names = of_cells(grid.cells)
+        self.labels = {c.key: f"{c.model.split('/')[-1]} {names[c.key]}" for c in grid.cells}
         self.total, self.before = len(grid.cells), done
         models = len({c.model for c in grid.cells})
         self.console.print(
             f"[bold]{config.name}[/]: {len(grid.cells)} cells of {models} model(s), {done} done, {len(grid.cells) - done} to do"
-            f" · suite {config.evaluation.suite} · results in {config.results}"
+            f" · suite {config.evaluation.suite} of {grid.plan.data} · results in {config.results}"
         )
+        for note in grid.notes:
+            self.say(f"  {note}")
         for skip in grid.skipped:
             self.console.print(f"  skipped {skip.model} {skip.label}: {skip.reason}", style="yellow", markup=False)
 

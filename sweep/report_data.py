@@ -13,6 +13,7 @@ import numpy as np
 from ..actors.cell import DIMENSIONS, METHODS
 from .effects import PRUNED, Effect, Effects
 from .frontier import smaller_dense
+from .names import distinct
 from .resampling import Resampler
 
 Row = Mapping[str, Any]
@@ -107,36 +108,9 @@ def label(row: Row) -> str:
     return " ".join(parts)
 
 
-#: Columns that tell cells of one label apart, the most telling first.
-_TELLING = (
-    ("seed", "seed {}"),
-    ("samples", "{} samples"),
-    ("seqlen", "{} tokens"),
-    ("calibration", "on {:.40}"),
-    ("backend", "{}"),
-    ("dtype", "{}"),
-    ("suite", "{}"),
-    ("template", "template {:.6}"),
-    ("revision", "@{:.8}"),
-    ("params", "{:.80}"),
-    ("key", "{:.8}"),
-)
-
-
 def name_cells(rows: Sequence[Row]) -> list[str]:
-    """Labels, distinct within a model: other columns stand in a name only where names would be equal without."""
-    names = [label(r) for r in rows]
-    for column, text in _TELLING:
-        same: dict[tuple[str, str], list[int]] = {}
-        for i, row in enumerate(rows):
-            same.setdefault((row["model"], names[i]), []).append(i)
-        for cells in same.values():
-            values = [rows[i][column] for i in cells]
-            if len(set(map(str, values))) > 1:
-                for i, value in zip(cells, values, strict=True):
-                    if value is not None:
-                        names[i] = f"{names[i]} {text.format(value)}"
-    return names
+    """Labels, distinct within a model."""
+    return distinct(rows, [label(r) for r in rows])
 
 
 def groups(rows: Sequence[Row]) -> list[str]:

@@ -1,61 +1,118 @@
-"""``rescore``: every metric again from the stored items, without a model."""
+"""``rescore``: every answer judged again and every metric again from the stored items, without a model."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..actors.errors import BadInput
-from ..actors.record import DIVERGENCE, UTILITY, to_table
-from .results import load_results
+from ..actors.record import DIVERGENCE, UTILITY, Record, to_table
+from .results import Results, load_results
+
+Row = dict[str, Any]
+Question = tuple[str, str, int]  # dimension, item, sample
 
 
-def rescore(uri: str) -> int:
-    """Recompute the metrics of every cell from its items; utility and divergence, which need the model, stay as measured.
+def rescore(uri: str) -> tuple[int, int]:
+    """(cells rescored, answers judged otherwise than before). Outcome and score of every item, all metrics and flips are written
+    again; what needs the model (perplexity, KL divergence, lm_eval tasks) stays as measured.
 
-    Compacted cells become parts again where their metrics are rewritten, so run ``compact`` after. ``BadInput`` where only hashes
-    of text were kept.
+    Cells without items (published tables) are left alone. Compacted cells become parts again: run ``compact`` after. Interrupted,
+    it may be repeated. ``BadInput`` where only hashes of text were kept.
     """
-    from ..actors.evaluate import rescore_rows
-
     results = load_results(uri)
-    cells = results.rows("select * from cells where status = 'done' order by key")
     if results.rows("select 1 as x from items where text is null and text_sha is not null limit 1"):
         raise BadInput(
             "only hashes of the answers were kept (evaluation.keep_text: false)",
             where=uri,
             fix="Run the sweep again with keep_text: true.",
         )
-    record = results.record
+    changed = 0
+    dense: dict[str, dict[Question, str]] = {}
+    # A dense cell comes before those that are compared with it.
+    cells = results.rows(
+        "select * from results where status = 'done' and key in (select key from items) order by method != 'dense', key"
+    )
     for cell in cells:
-        items = results.items([cell["key"]]).to_pylist()
-        kept = results.rows(
-            "select * exclude (key) from metrics where key = ? and dimension in (?, ?)", [cell["key"], UTILITY, DIVERGENCE]
-        )
-        by: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for item in items:
-            by[item["dimension"]].append({**item, "target": json.loads(item["target"]) if item["target"] else {}})
-        metrics = [m._asdict() for d, rows in by.items() if d != "mmlu" for m in rescore_rows(d, rows, cell["suite"])]
-        known = {(m["convention"], m["dimension"], m["scenario"], m["metric"]) for m in kept}
-        if "mmlu" in by:
-            fresh = [m._asdict() for m in rescore_rows("mmlu", by["mmlu"], cell["suite"])]
-            names = {(m["convention"], m["dimension"], m["scenario"], m["metric"]) for m in fresh}
-            kept = [m for m in kept if (m["convention"], m["dimension"], m["scenario"], m["metric"]) not in names & known]
-            metrics += fresh
-        rows = [{**m, "key": cell["key"]} for m in [*metrics, *kept]]
-        record.put_table(f"metrics/{cell['key']}.parquet", to_table("metrics", rows))
-        for name in (
-            "items",
-            "layers",
-            "cells",
-        ):  # a compacted cell has no parts: write them, so that the part stands above the generation
-            if record.get_table(f"{name}/{cell['key']}.parquet") is None:
-                table = results.sql(f"select * from {name} where key = ?", [cell["key"]])
-                record.put_table(f"{name}/{cell['key']}.parquet", to_table(name, table.to_pylist()))
+        stored = _stored(results, cell["key"])
+        items = _judged(stored)
+        differ = sum((a["outcome"], a["score"]) != (b["outcome"], b["score"]) for a, b in zip(stored, items, strict=True))
+        changed += differ
+        if cell["method"] == "dense":
+            dense[cell["key"]] = {_question(r): r["outcome"] for r in items}
+            if differ:
+                _correct_reference(results.record, cell["key"], stored, items)
+        metrics = _metrics(results, cell, items, dense.get(cell["dense_key"]))
+        _write(results, cell["key"], items, metrics)
     if results.generations:
         # Parts now hold every cell; the old generations would shadow them.
         for name in ("cells", "metrics", "items", "layers", "wide"):
             for gen in results.generations:
-                record.delete(f"compact/{name}/{gen}.parquet")
-    return len(cells)
+                results.record.delete(f"compact/{name}/{gen}.parquet")
+    return len(cells), changed
+
+
+def _stored(results: Results, key: str) -> list[Row]:
+    """Items of a cell in the order in which they were written, the plan's."""
+    return [{**r, "target": json.loads(r["target"]) if r["target"] else {}} for r in results.items([key]).to_pylist()]
+
+
+def _judged(items: Sequence[Row]) -> list[Row]:
+    from ..actors.evaluate import rejudge
+
+    by: dict[str, list[Row]] = defaultdict(list)
+    for row in items:
+        by[row["dimension"]].append(row)
+    judged = {_question(row): row for dimension, rows in by.items() for row in rejudge(dimension, rows)}
+    return [judged[_question(row)] for row in items]
+
+
+def _metrics(results: Results, cell: Row, items: Sequence[Row], dense: Mapping[Question, str] | None) -> list[Row]:
+    """Of the judged items; and what was measured on the model, flips apart where the dense cell's items are here."""
+    from ..actors.evaluate import TASKS
+    from ..actors.evaluate.divergence import encode_outcomes, flip_rows
+
+    by: dict[str, list[Row]] = defaultdict(list)
+    for row in items:
+        by[row["dimension"]].append(row)
+    fresh = [m for dimension, rows in by.items() for m in TASKS[dimension].metrics(rows, cell["suite"])]
+    kept = results.rows(
+        "select * exclude (key) from metrics where key = ? and dimension in (?, ?)", [cell["key"], UTILITY, DIVERGENCE]
+    )
+    recount = cell["method"] != "dense" and dense is not None and dense.keys() == {_question(r) for r in items}
+    if recount and any(m["metric"] == "flips" for m in kept):
+        fresh += flip_rows(items, encode_outcomes([{"outcome": dense[_question(r)]} for r in items]))
+        kept = [m for m in kept if m["metric"] != "flips"]
+    made = [m._asdict() for m in fresh]
+    names = {_name(m) for m in made}
+    return [*made, *(m for m in kept if _name(m) not in names)]
+
+
+def _question(row: Row) -> Question:
+    return row["dimension"], row["item"], row["sample"]
+
+
+def _name(metric: Row) -> tuple[str, str, str, str]:
+    return metric["convention"], metric["dimension"], metric["scenario"], metric["metric"]
+
+
+def _correct_reference(record: Record, key: str, stored: Sequence[Row], items: Sequence[Row]) -> None:
+    """Outcomes in the dense cell's reference, so that the flips of cells still to run are counted by the same judgement."""
+    from ..actors.evaluate.divergence import encode_outcomes
+
+    path = f"reference/{key}.safetensors"
+    tensors = record.get_tensors(path)
+    if tensors is not None and tensors["outcomes"].equal(encode_outcomes(stored)):
+        record.put_tensors(path, {**tensors, "outcomes": encode_outcomes(items)})
+
+
+def _write(results: Results, key: str, items: Sequence[Row], metrics: Sequence[Row]) -> None:
+    record = results.record
+    record.put_table(f"items/{key}.parquet", to_table("items", items))
+    record.put_table(f"metrics/{key}.parquet", to_table("metrics", [{**m, "key": key} for m in metrics]))
+    for name in ("layers", "cells"):  # a compacted cell has no parts: write them, so that the part stands above the generation
+        if record.get_table(f"{name}/{key}.parquet") is None:
+            table = results.sql(f"select * from {name} where key = ?", [key])
+            record.put_table(f"{name}/{key}.parquet", to_table(name, table.to_pylist()))

@@ -22,9 +22,17 @@ def _text(value: Any) -> str:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Rows as a table, one column a key."""
+    """Rows as a table, one column a key; where so many columns don't fit, one block a row."""
     if not rows:
         console.print("no rows")
+        return
+    if sum(max(len(name), 3) + 1 for name in rows[0]) > console.width:
+        for i, row in enumerate(rows, 1):
+            console.rule(f"{i} of {len(rows)}", align="left")
+            block = Table(box=None, show_header=False, pad_edge=False)
+            for name, value in row.items():
+                block.add_row(f"[bold]{escape(name)}[/]", escape(_text(value)))
+            console.print(block)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, value in rows[0].items():
@@ -44,7 +52,8 @@ def escape(text: str) -> str:
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     console.print(
-        f"[bold]{plan['sweep']}[/]: {plan['cells']} cells, {plan['done']} done · suite {plan['suite']} · results {plan['results']}"
+        f"[bold]{plan['sweep']}[/]: {plan['cells']} cells, {plan['done']} done · suite {plan['suite']} of {escape(plan['data'])}"
+        f" · results {plan['results']}"
     )
     if plan["note"]:
         console.print(plan["note"], style="yellow", markup=False)
@@ -154,9 +163,11 @@ def print_summary(outcome: Any, console: Console) -> None:
     try:
         results = load_results(outcome.results)
         rows = results.rows(
-            "select left(key, 8) as key, method, bits, pattern, sparsity, perplexity, round(size_bytes / 1e6, 1) as MB,"
+            "select left(key, 8) as key, suite, method, bits, pattern, sparsity, perplexity, round(size_bytes / 1e6, 1) as MB,"
             " bits_per_weight, worst_drop, kl_dense, flips from results where status = 'done' order by perplexity nulls last limit 40"
         )
+        if len({r["suite"] for r in rows}) == 1:
+            rows = [{k: v for k, v in r.items() if k != "suite"} for r in rows]
     except BadInput:
         return
     print_rows(rows, console)

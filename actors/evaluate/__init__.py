@@ -9,7 +9,7 @@ from typing import Any
 from ..cell import DIMENSIONS
 from .protocol import Judgement, MetricRow, Task
 
-__all__ = ["DIMENSIONS", "TASKS", "judge_many", "rescore_rows"]
+__all__ = ["DIMENSIONS", "TASKS", "judge_many", "rejudge", "rescore_rows"]
 
 
 class _Tasks(Mapping[str, Task]):
@@ -41,12 +41,15 @@ def judge_many(
     return [task.judge(*row) for row in zip(targets, texts, finish_reasons, strict=True)]
 
 
-def rescore_rows(dimension: str, rows: Sequence[Mapping[str, Any]], suite: str) -> list[MetricRow]:
-    """All metrics of a dimension (a name of ``TASKS``) again from stored rows: every text is judged anew, no model needed.
+def rejudge(dimension: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Stored rows of a dimension (a name of ``TASKS``) with every text judged anew; no model needed.
 
     ``rows`` have the columns of table ``items`` with ``target`` parsed and ``text`` present; they are not changed.
     """
-    task = TASKS[dimension]
-    judged = judge_many(task, [r["target"] for r in rows], [r["text"] for r in rows], [r["finish_reason"] for r in rows])
-    fresh = [{**r, "outcome": j.outcome, "score": j.score} for r, j in zip(rows, judged, strict=True)]
-    return task.metrics(fresh, suite)
+    judged = judge_many(TASKS[dimension], *([r[k] for r in rows] for k in ("target", "text", "finish_reason")))
+    return [{**r, "outcome": str(j.outcome), "score": j.score} for r, j in zip(rows, judged, strict=True)]
+
+
+def rescore_rows(dimension: str, rows: Sequence[Mapping[str, Any]], suite: str) -> list[MetricRow]:
+    """All metrics of a dimension again from stored rows, as ``rejudge`` takes them."""
+    return TASKS[dimension].metrics(rejudge(dimension, rows), suite)

@@ -96,6 +96,20 @@ class EvaluationPlan:
         """Tokens to generate for one cell, at most."""
         return sum(d.samples * d.max_new_tokens for t in self.tasks for d in t.decodings)
 
+    @property
+    def data(self) -> str:
+        """Where the questions come from, for people."""
+        return "the built-in probes" if self.pack_name == "builtin" else f"pack {self.pack_name}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user may not have meant."""
+        if self.pack_name != "builtin" or self.config.suite == "smoke":
+            return []
+        return [
+            f"suite {self.config.suite} asks the built-in probes: set COMPTRUST_DATA=github (or hub) for DecodingTrust's data"
+        ]
+
     def item_texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
         """What each item shows the model, for the overlap with calibration text: its turns, demonstrations too, without the system
         prompt that many items have in common; and each perplexity window as an item of its own."""

@@ -122,6 +122,7 @@ def test_verdicts_from_items(items_record):
     by = {f.claim: f for f in claims(items_record).findings}
     assert (by["D1"].verdict, by["D1"].basis) == ("holds", "items")
     assert by["D2"].verdict == "fails"
+    assert by["D1"].observed.endswith("; rests on ethics alone")  # seven dimensions were not measured
     assert (by["D4"].verdict, by["D4"].leaning) == ("undecided", "fails")  # exactly -5 is no drop beyond 5
 
 

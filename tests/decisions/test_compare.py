@@ -50,6 +50,9 @@ def test_silence_still_shows_where_answers_went(tmp_path):
     key = write_cell(r, "rtn", {"ethics": [{**x, "outcome": "empty", "score": None} for x in rows]}, bits=2)
     (e,) = compare(load_results(tmp_path), key).effects
     assert (e.score, e.delta, e.valid, e.transitions["answered_to_silent"]) == (None, None, False, 30)
+    console = Console(file=io.StringIO(), width=200)
+    render_comparison(compare(load_results(tmp_path), key), console)
+    assert "silent" in next(line for line in console.file.getvalue().splitlines() if "ethics" in line)
 
 
 def test_two_compressed_cells(three):

@@ -49,6 +49,13 @@ def test_yaml_is_1_2():
         ("name=a b", r"name: "),
         ("methods.9.bits=3", r"--set methods.9: '9' is no index"),
         ("nonsense", r"--set: 'nonsense' is no override"),
+        ("models=./tiny", r"models: './tiny' is no list. Write \[./tiny\]"),
+        ("methods=[rtn]", r"methods\[0\]: 'rtn' is no mapping. Write {method: rtn}"),
+        ("methods={method: rtn}", r"methods: {'method': 'rtn'} is no list. Write \[{\"method\": \"rtn\"}\]"),
+        ("calibration.seed=0,1,2", r"calibration.seed: '0,1,2' is text. A list is written \[0,1,2\]"),
+        ("evaluation=smoke", r"evaluation: 'smoke' is no mapping. Write {suite: smoke}. Fields: suite, "),
+        ("exclude=rtn", r"exclude: 'rtn' is no list"),
+        ("exclude=[rtn]", r"exclude\[0\]: 'rtn' is no mapping. Write {field: value}"),
         ("methods.0.bits={", r"--set methods.0.bits.*: not valid YAML"),
     ],
 )
@@ -68,6 +75,7 @@ def test_bad_values_name_value_place_and_fix(override, message):
         ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
         ("calibration.samples=1", r"calibration.samples: gptq 4 .* needs \d+ calibration tokens, samples x seqlen gives 64"),
         ("exclude=[{bit: 3}]", r"exclude\[0\].bit: unknown field 'bit'. Did you mean 'bits'"),
+        ("exclude=[{method: [rtn, gtpq]}]", r"exclude\[0\].method: unknown method 'gtpq'. Did you mean 'gptq'"),
     ],
 )
 def test_values_that_only_methods_and_models_know(tiny, tmp_path, override, message):
@@ -91,6 +99,30 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert [(c.method, c.params.get("bits")) for c in grid.cells[1:]] == [("rtn", 4), ("gptq", 4), ("gptq", 4), ("gptq", 4)]
     assert len(set(grid.keys)) == len(grid.cells)
     assert len(grid.skipped) == 2 and all("48 does not divide" in s.reason for s in grid.skipped)
+    assert grid.notes == []
+    config["exclude"].append({"method": "rtn", "bits": 3})
+    assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
+
+
+def test_cells_of_a_plan_have_names_of_their_own(tiny, tmp_path):
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] = [
+        {"method": "gptq", "bits": 4, "group_size": 32, "damping": [0.01, 0.05]},
+        {"method": "rtn", "bits": 4, "group_size": 32},
+    ]
+    config["calibration"]["seed"] = [0, 1]
+    names = [c["cell"] for c in plan(load_config(config))["list"]]
+    gptq = [f"gptq 4 g32 seed {s} damping {d}" for d in (0.01, 0.05) for s in (0, 1)]
+    assert names == ["dense", *gptq, "rtn 4 g32"]
+
+
+def test_plan_names_the_questions(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("COMPTRUST_DATA", raising=False)
+    config = sweep_dict([tiny], tmp_path)
+    found = plan(load_config(config))
+    assert found["data"] == "the built-in probes" and found["note"] is None
+    config["evaluation"]["suite"] = "standard"
+    assert "suite standard asks the built-in probes: set COMPTRUST_DATA" in plan(load_config(config))["note"]
 
 
 def test_a_model_twice_is_refused_and_in_two_dtypes_is_two(tiny, tmp_path, monkeypatch):

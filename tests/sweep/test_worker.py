@@ -10,13 +10,14 @@ from comptrust.actors.actor import Worker, WorkerConfig, cell_row, dense_of
 from comptrust.actors.calibration import CalibrationConfig
 from comptrust.actors.cell import Cell
 from comptrust.actors.errors import CellError
+from comptrust.actors.evaluate.divergence import encode_outcomes
 from comptrust.actors.evaluate.protocol import Outcome
-from comptrust.actors.record import Record
+from comptrust.actors.record import Record, to_table
 from comptrust.sweep.config import load_config
 from comptrust.sweep.effects import config_of
 from comptrust.sweep.grid import expand
 from comptrust.sweep.rescore import rescore
-from comptrust.sweep.results import load_results
+from comptrust.sweep.results import compact, load_results
 from conftest import sweep_dict
 
 
@@ -95,10 +96,57 @@ def test_the_same_cell_twice_gives_identical_metrics_and_items(grid, computed, t
         assert rows(tmp_path, query) == rows(computed[0], query)
 
 
-def test_rescore_repeats_every_metric_exactly(computed):
-    before = rows(computed[0], "select * from metrics order by all")
-    assert rescore(str(computed[0])) == 4
-    assert rows(computed[0], "select * from metrics order by all") == before
+def test_rescore_repeats_every_metric_and_item_exactly(computed):
+    tables = [f"select * from {t} order by all" for t in ("metrics", "items", "cells", "layers")]
+    before = [rows(computed[0], t) for t in tables]
+    assert rescore(str(computed[0])) == (4, 0)
+    assert [rows(computed[0], t) for t in tables] == before
+
+
+def test_rescore_repairs_what_a_wrong_parser_left(grid, computed, tmp_path):
+    """Items of two cells as a parser that takes every answer to ethics for wrong would have left them: items, metrics, flips and the
+    reference that later cells are compared with are those of a run with the right parser."""
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    record = Record(folder)
+    dense = dense_of(grid[1][1]).key
+    for key in (dense, grid[1][1].key):
+        table = record.get_table(f"items/{key}.parquet").to_pylist()
+        for row in table:
+            if row["dimension"] == "ethics":
+                row["outcome"], row["score"] = "wrong", 0.0
+        record.put_table(f"items/{key}.parquet", to_table("items", table))
+    path = f"reference/{dense}.safetensors"
+    right = record.get_tensors(path)
+    wrong = encode_outcomes(record.get_table(f"items/{dense}.parquet").to_pylist())
+    assert not wrong.equal(right["outcomes"])
+    record.put_tensors(path, {**{k: v.clone() for k, v in right.items()}, "outcomes": wrong})
+    metrics = record.get_table(f"metrics/{grid[1][2].key}.parquet").to_pylist()
+    for row in metrics:  # flips counted against the wrong reference
+        if row["metric"] == "flips":
+            row["value"] = 0.5
+    record.put_table(f"metrics/{grid[1][2].key}.parquet", to_table("metrics", metrics))
+
+    tables = [f"select * from {t} order by all" for t in ("metrics", "items", "cells", "layers")]
+    assert [rows(folder, t) for t in tables] != [rows(computed[0], t) for t in tables]
+    cells, changed = rescore(str(folder))
+    assert cells == 4 and changed > 0
+    assert [rows(folder, t) for t in tables] == [rows(computed[0], t) for t in tables]
+    assert record.get_tensors(path)["outcomes"].equal(Record(computed[0]).get_tensors(path)["outcomes"])
+    compact(folder)
+    assert rescore(str(folder)) == (4, 0)
+    assert [rows(folder, t) for t in tables] == [rows(computed[0], t) for t in tables]
+
+
+def test_rescore_leaves_published_tables_alone(computed, tmp_path):
+    record = Record(tmp_path)
+    for name in ("cells", "metrics", "items", "layers"):
+        table = Record(computed[0]).get_table(f"{name}/{computed[1][0]['key']}.parquet")
+        record.put_table(f"{name}/published.parquet", table.slice(0, 0) if name in ("items", "layers") else table)
+    before = record.get("metrics/published.parquet")
+    assert rescore(str(tmp_path)) == (0, 0) and record.get("metrics/published.parquet") == before
 
 
 def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
