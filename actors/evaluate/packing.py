@@ -157,14 +157,16 @@ class SlotCache(Cache):
     def gather(cls, rows: Sequence[tuple[SlotCache, int, np.ndarray]], capacity: int) -> SlotCache:
         """A batch of (source, its row, its slots), each at the beginning of ``capacity`` slots. The rest is zero."""
         longest, layers = max(len(slots) for *_, slots in rows), []
+        taken = [torch.from_numpy(slots) for *_, slots in rows]
         for i, like in enumerate(rows[0][0].layers):
             heads = like.keys.shape[1]
             keys = like.keys.new_zeros((len(rows), heads, capacity, like.keys.shape[3]))  # masked, but 0 x NaN is NaN
             values = like.values.new_zeros((len(rows), heads, capacity, like.values.shape[3]))
-            for r, (source, row, slots) in enumerate(rows):
-                index = torch.from_numpy(slots).to(keys.device)
-                keys[r, :, : len(slots)] = source.layers[i].keys[row].index_select(1, index)
-                values[r, :, : len(slots)] = source.layers[i].values[row].index_select(1, index)
+            if taken[0].device != keys.device:  # once, not a layer: layers may lie on several devices, one after the other
+                taken = [slots.to(keys.device) for slots in taken]
+            for r, ((source, row, _), index) in enumerate(zip(rows, taken, strict=True)):
+                keys[r, :, : len(index)] = source.layers[i].keys[row].index_select(1, index)
+                values[r, :, : len(index)] = source.layers[i].values[row].index_select(1, index)
             layers.append(Slots(capacity, keys, values, longest))
         return cls(layers)
 

@@ -177,8 +177,6 @@ def test_the_working_set_is_one_block_whatever_the_depth(tokens, method):
 
 @pytest.mark.gpu
 def test_device_memory_is_one_block_on_a_gpu(tokens):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     peaks = []
     for layers in (2, 8):
         model = make_llama(layers=layers, hidden=512, intermediate=1536)
