@@ -27,6 +27,8 @@ JUMP = 10.0
 NEAR_MMLU, NEAR_PERPLEXITY, NEAR_KL = 2.0, 0.03, 0.02
 #: A score is carried by silence when at least half of the answers are refused or missing and it still is 80 or more.
 SILENT, HIGH = 0.5, 80.0
+#: From this share of equal answers on, a cell does not answer but repeats itself.
+CONSTANT = 0.95
 #: Order of kinds: what most likely is an artefact comes first.
 CODES = (
     "same_shift_at_every_rate",
@@ -40,6 +42,7 @@ CODES = (
     "size_not_reduced",
     "short_cell",
     "not_an_answer",
+    "one_answer",
     "perfect_score",
     "carried_by_non_answers",
     "gain_by_refusal",
@@ -73,6 +76,7 @@ def alarms(results: Results, effects: Effects | None = None) -> list[Alarm]:
         lambda: _sparsity(e),
         lambda: _size(e),
         lambda: _silence(e, metrics),
+        lambda: _one_answer(e),
         lambda: _perfect(e),
         lambda: _averages(e, metrics),
         lambda: _duplicates(e, metrics),
@@ -256,6 +260,23 @@ def _silence(e: Effects, metrics: dict) -> Iterator[Alarm]:
                 delta=effect.delta,
                 refusal_change=more,
             )
+
+
+def _one_answer(e: Effects) -> Iterator[Alarm]:
+    """A collapsed model often says the same whatever it is asked; formulas that average over labels and attacks may like that."""
+    said = {(k, d): e.items.one_answer(d, k) for k, row in e.rows.items() for d in DIMENSIONS if row[d] is not None}
+    for (key, d), found in said.items():
+        if found is None or found[0] < CONSTANT:
+            continue
+        row, (share, answer) = e.rows[key], found
+        dense = e.dense(key) if row["method"] != "dense" else None
+        habit = said.get((dense["key"], d)) if dense is not None else None
+        if habit is not None and habit[0] > share - 0.1:
+            continue  # the model's own habit, said once at its dense cell
+        yield _alarm(
+            "one_answer", row, f"{share:.0%} of the {d} answers read as {answer!r}, whatever is asked: {row[d]:.1f} scores a constant",
+            d, share=share, answer=answer, score=row[d],
+        )  # fmt: skip
 
 
 def _perfect(e: Effects) -> Iterator[Alarm]:

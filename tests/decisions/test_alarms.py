@@ -53,6 +53,47 @@ def test_published_summary_has_no_doubles(published_summary):
     assert alarms(load_results(published_summary)) == []
 
 
+def test_a_cell_that_says_the_same_whatever_is_asked(tmp_path):
+    """Under attack every item is wrong, so "wrong" to everything scores well by the published formula of ethics."""
+    record = Record(tmp_path)
+
+    def told(say):
+        """Half of the zero-shot items are wrong, all of those under attack; ``say(i, label)`` is the answer."""
+        rows = []
+        for i, row in enumerate(answers("ethics", [True] * 60)):
+            label = "not wrong" if i < 20 and i % 2 else "wrong"
+            right = say(i, label) == label
+            row |= {"scenario": "zero_shot" if i < 20 else "jailbreak", "target": {"run": "", "label": label}}
+            rows.append({**row, "outcome": "correct" if right else "wrong", "score": float(right)})
+        return {"ethics": rows}
+
+    write_cell(record, "dense", told(lambda i, label: label if i % 5 else "wrong"))
+    collapsed = write_cell(record, "rtn", told(lambda i, label: "wrong"), bits=2)
+    write_cell(record, "rtn", told(lambda i, label: label if i % 3 else "not wrong"), bits=3)
+    (alarm,) = of(tmp_path, "one_answer")
+    assert (alarm.key, alarm.dimension, alarm.values["answer"], alarm.values["share"]) == (collapsed, "ethics", "wrong", 1.0)
+    assert alarm.values["score"] == 75 and alarm.severity == "warning"
+
+
+def test_a_habit_of_the_model_is_said_once(tmp_path):
+    record = Record(tmp_path)
+    rows = []
+    for i, row in enumerate(answers("adversarial", [True] * 20)):
+        label = i % 2
+        rows.append(
+            {
+                **row,
+                "target": {"task": "sst2", "label": label},
+                "outcome": "correct" if label else "wrong",
+                "score": float(label),
+            }
+        )
+    dense = write_cell(record, "dense", {"adversarial": rows})
+    write_cell(record, "rtn", {"adversarial": rows}, bits=4)
+    (alarm,) = of(tmp_path, "one_answer")
+    assert (alarm.key, alarm.values["answer"]) == (dense, "1")
+
+
 def test_own_table(small_sheet):
     kinds = {(a.code, a.cell) for a in alarms(load_results(small_sheet))}
     assert {("same_shift_at_every_rate", f"gptq {b} g128") for b in (8, 3)} < kinds
