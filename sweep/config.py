@@ -55,6 +55,10 @@ class CalibrationAxes(CalibrationConfig):
         return [validate(CalibrationConfig, b, "calibration") for b in blocks]
 
 
+#: One block, or a list of blocks: for sources, mixture weights and system prompts, whose lists would be ambiguous.
+Calibrations = CalibrationAxes | Annotated[list[CalibrationAxes], Field(min_length=1)]
+
+
 class MethodConfig(BaseModel):
     """A block of the grid: one method and its parameters, each a value or a list. Blocks are ragged: each has its own parameters."""
 
@@ -62,7 +66,7 @@ class MethodConfig(BaseModel):
 
     method: str = Field(description="one of: " + " ".join(METHODS))
     backend: Literal["comptrust", "autoawq", "auto-gptq", "gptqmodel", "llmcompressor"] = "comptrust"
-    calibration: CalibrationAxes | None = Field(default=None, description="instead of the sweep's calibration, for this block")
+    calibration: Calibrations | None = Field(default=None, description="instead of the sweep's calibration, for this block")
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -129,7 +133,7 @@ class SweepConfig(_Frozen):
     exclude: tuple[dict[str, Any], ...] = Field(
         default=(), description="cells to leave out: all given fields must match, lists mean any of"
     )
-    calibration: CalibrationAxes = Field(default_factory=CalibrationAxes)
+    calibration: Calibrations = Field(default_factory=CalibrationAxes, description="a block, or a list of blocks as an axis")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     resources: Resources = Field(default_factory=Resources)
     absent: tuple[str, ...] = Field(
@@ -145,6 +149,11 @@ class SweepConfig(_Frozen):
     @classmethod
     def _strings(cls, v: Any) -> Any:
         return [{"id": m} if isinstance(m, str) else m for m in v] if isinstance(v, list | tuple) else v
+
+    def calibrations(self, block: MethodConfig) -> list[CalibrationConfig]:
+        """The calibrations of a method block: its own or the sweep's, every combination of every block."""
+        given = block.calibration or self.calibration
+        return [c for axes in (given if isinstance(given, list) else [given]) for c in axes.expand()]
 
     @model_validator(mode="after")
     def _defaults(self) -> SweepConfig:
@@ -272,6 +281,8 @@ def validate(model: type[BaseModel], data: Any, where: str = "") -> Any:
 def _shape(model: type[BaseModel], err: Any) -> tuple[str, str] | None:
     """(problem, fix) of a value of the wrong form: one for a list, a bare one for a mapping, text for a list of numbers."""
     given = err.get("input")
+    if given == []:
+        return "an empty list leaves no cell", "Give values, or leave it out."
     shown = given if isinstance(given, str) else json.dumps(given, default=str)
     if err["type"] in ("tuple_type", "list_type"):
         return f"{given!r} is no list", f"Write [{shown}]."

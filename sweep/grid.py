@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..actors.calibration import CalibrationConfig
 from ..actors.cell import METHODS, Cell, canonical
 from ..actors.errors import BadInput
-from .config import CalibrationAxes, MethodConfig, ModelConfig, SweepConfig, unknown, validate
+from .config import MethodConfig, ModelConfig, SweepConfig, unknown, validate
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[st
 def _check_exclude(config: SweepConfig) -> None:
     from ..actors import compress
 
-    known = {"model", "method", "backend", "dtype", "seed", "samples", "seqlen", "calibration"}
+    known = {"model", "method", "backend", "dtype", *CalibrationConfig.model_fields}
     known |= {f for m in compress.METHODS.values() for f in m.config.model_fields}
     for i, rule in enumerate(config.exclude):
         for name, value in rule.items():
@@ -176,7 +177,7 @@ def _expand_model(
             calibrated = backends.needs_calibration(backend, block.method)
         else:
             calibrated = compress.METHODS[block.method].needs_calibration
-        calibrations = _calibrations(block.calibration or config.calibration, ref) if calibrated else [(None, None)]
+        calibrations = _with_digests(config.calibrations(block), ref) if calibrated else [(None, None)]
         for params in combinations:
             if foreign:
                 reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
@@ -187,7 +188,7 @@ def _expand_model(
                 cell = Cell(
                     **base, method=block.method, params=params, backend=backend, calibration=spec, calibration_digest=digest
                 )
-                if fits := excluded(config, {**(spec or {}), **params, **base, "method": block.method, "backend": backend}):
+                if fits := excluded(config, {**base, **(spec or {}), **params, "method": block.method, "backend": backend}):
                     grid.used.update(fits)
                     continue
                 if reason:
@@ -208,10 +209,10 @@ def _enough(calibration: dict[str, Any], needed: int, label: str) -> None:
         )
 
 
-def _calibrations(axes: CalibrationAxes, ref: Any) -> list[tuple[dict[str, Any], str]]:
+def _with_digests(calibrations: list[CalibrationConfig], ref: Any) -> list[tuple[dict[str, Any], str]]:
     from ..actors.calibration import calibration_digest
 
-    return [(c.model_dump(mode="json"), calibration_digest(c, ref)) for c in axes.expand()]
+    return [(c.model_dump(mode="json"), calibration_digest(c, ref)) for c in calibrations]
 
 
 def default_dtype() -> str:

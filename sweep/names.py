@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..actors.cell import Cell
@@ -15,7 +15,7 @@ _TELLING = (
     ("params", "{:.80}"),
     ("samples", "{} samples"),
     ("seqlen", "{} tokens"),
-    ("calibration", "on {:.40}"),
+    ("calibration", "{:.80}"),
     ("dtype", "{}"),
     ("suite", "{}"),
     ("template", "template {:.6}"),
@@ -35,7 +35,9 @@ def distinct(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
         for cells in same.values():
             values = [rows[i][column] for i in cells]
             if column == "params":
-                values = _differing(values)
+                values = _differing([v if isinstance(v, dict) else json.loads(v or "{}") for v in values])
+            elif column == "calibration":  # the source, or a JSON block
+                values = _differing([json.loads(v) if (v or "").startswith("{") else {"source": v} for v in values])
             if len(set(map(str, values))) > 1:
                 for i, value in zip(cells, values, strict=True):
                     if value not in (None, ""):
@@ -50,9 +52,8 @@ def of_cells(cells: Sequence[Cell]) -> dict[str, str]:
     return dict(zip((c.key for c in cells), distinct([cell_row(c) for c in cells], [c.label for c in cells]), strict=True))
 
 
-def _differing(values: Sequence[Any]) -> list[str]:
-    """``damping 0.05, order act`` of each set of parameters (mappings, or JSON of such): those that all sets have in common left out."""
-    sets = [v if isinstance(v, dict) else json.loads(v or "{}") for v in values]
+def _differing(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``damping 0.05, order act`` of each set of parameters: those that all sets have in common left out."""
     names = [
         n for n in dict.fromkeys(k for s in sets for k in s) if len({json.dumps(s.get(n), sort_keys=True) for s in sets}) > 1
     ]

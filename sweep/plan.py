@@ -134,7 +134,7 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
                 needs = compress.METHODS[block.method].needs_calibration
             else:
                 needs = backends.needs_calibration(block.backend, block.method)
-            axes = (block.calibration or config.calibration).expand() if needs else [None]
+            axes = config.calibrations(block) if needs else [None]
             for filled in combinations:
                 for c in axes:
                     facts = {

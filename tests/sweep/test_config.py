@@ -55,6 +55,8 @@ def test_yaml_is_1_2():
         ("calibration.seed=0,1,2", r"calibration.seed: '0,1,2' is text. A list is written \[0,1,2\]"),
         ("evaluation=smoke", r"evaluation: 'smoke' is no mapping. Write {suite: smoke}. Fields: suite, "),
         ("exclude=rtn", r"exclude: 'rtn' is no list"),
+        ("calibration=[]", r"calibration: an empty list leaves no cell"),
+        ("calibration=[{sampels: 3}]", r"calibration\[0\].sampels: unknown field 'sampels'. Did you mean 'samples'"),
         ("exclude=[rtn]", r"exclude\[0\]: 'rtn' is no mapping. Write {field: value}"),
         ("methods.0.bits={", r"--set methods.0.bits.*: not valid YAML"),
     ],
@@ -114,6 +116,35 @@ def test_cells_of_a_plan_have_names_of_their_own(tiny, tmp_path):
     names = [c["cell"] for c in plan(load_config(config))["list"]]
     gptq = [f"gptq 4 g32 seed {s} damping {d}" for d in (0.01, 0.05) for s in (0, 1)]
     assert names == ["dense", *gptq, "rtn 4 g32"]
+
+
+def test_a_list_of_calibrations_is_an_axis(tiny, tmp_path):
+    """Sources, mixture weights and system prompts: a list of one of them alone would be a mixture, or nothing."""
+    config = sweep_dict([tiny], tmp_path)
+    text = tmp_path / "a.txt"
+    text.write_text("Rain fell on the old town and the river rose. " * 400)
+    small = {"samples": 8, "seqlen": 32}
+    config["methods"] = [{"method": "gptq", "bits": 4, "group_size": 32}, {"method": "rtn", "bits": 4, "group_size": 32}]
+    config["calibration"] = [
+        {"source": "builtin", **small, "seed": [0, 1]},
+        {"source": ["builtin", str(text)], "weights": [3, 1], **small},
+        {"source": "builtin", **small, "template": True, "system": "Be brief."},
+    ]
+    grid = expand(load_config(config))
+    blocks = [c.calibration for c in grid.cells if c.method == "gptq"]
+    assert [(b["source"], b["weights"], b["seed"], b["system"]) for b in blocks] == [
+        ("builtin", None, 0, None),
+        ("builtin", None, 1, None),
+        (["builtin", str(text)], [3, 1], 0, None),
+        ("builtin", None, 0, "Be brief."),
+    ]
+    assert len({c.key for c in grid.cells}) == len(grid.cells) == 6
+    names = [c["cell"] for c in plan(load_config(config))["list"]]
+    assert len(set(names)) == 6 and any("system Be brief." in n for n in names), names
+    config["exclude"] = [{"seed": 1}, {"template": True}]
+    left = expand(load_config(config))
+    assert [c.calibration["source"] for c in left.cells if c.method == "gptq"] == ["builtin", ["builtin", str(text)]]
+    assert left.notes == []
 
 
 def test_plan_names_the_questions(tiny, tmp_path, monkeypatch):
