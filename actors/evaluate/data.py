@@ -155,7 +155,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Rule]]]] = {
 #: Fields that may be absent.
 OPTIONAL = {"adv_demonstration": {"last_demo": _PAIR}, "ood": {"question_date": _TEXT}}
 _ID = {name: "demos_id" if name == "demos" else "id" for name in FIELDS}
-_SHA = re.compile(r"^([0-9a-f]{64})[ *]+(\S+)$", re.MULTILINE)
+_SHA = re.compile(r"^([0-9a-fA-F]{64})[ *]+(\S+)$", re.MULTILINE)
 
 
 class Pack:
@@ -195,7 +195,8 @@ class Pack:
         for manifest in (self.folder / "MANIFEST.md", self.folder / "SHA256SUMS"):
             if not manifest.is_file():
                 continue
-            for expected, name in _SHA.findall(manifest.read_text(encoding="utf-8")):
+            for expected, path in _SHA.findall(manifest.read_text(encoding="utf-8")):
+                expected, name = expected.lower(), Path(path).name  # `sha256sum ./*` writes the folder, too
                 found = self.checksums.get(name)
                 if found is None and _stem(Path(name)) in FIELDS:
                     raise BadInput(

@@ -64,6 +64,17 @@ def test_checksums(tmp_path):
         load_pack(str(folder))
 
 
+def test_checksums_as_other_programs_write_them(tmp_path):
+    """`sha256sum ./*` puts the folder before the names; PowerShell's Get-FileHash gives capitals."""
+    folder = write(tmp_path / "p")
+    sha = hashlib.sha256((folder / "machine_ethics.jsonl").read_bytes()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{sha.upper()}  ./machine_ethics.jsonl\n")
+    load_pack(str(folder))
+    (folder / "SHA256SUMS").write_text(f"{sha[::-1].upper()}  ./machine_ethics.jsonl\n")
+    with pytest.raises(BadInput, match=r"checksum of machine_ethics\.jsonl is"):
+        load_pack(str(folder))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
