@@ -319,6 +319,41 @@ def test_template_without_system_role(tokenizer):
         encode(strict, CHAT[2:], "chat")
 
 
+def test_template_that_passes_the_system_turn_over(tokenizer):
+    """The first template of Phi-3-mini printed user and assistant turns only."""
+    deaf = copy.deepcopy(tokenizer)
+    deaf.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert deaf.decode(encode(deaf, CHAT, "chat")) == "[user]Be brief.\n\n2+2?[assistant]4[user]3+3?"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("Today Date: {{ strftime_now('%d %B %Y') }}.", "Today Date: 26 July 2024."),  # SmolLM3
+        (
+            "{% macro head() %}Current date: {{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ head() }}",
+            "Current date: 2024-07-26",
+        ),  # gpt-oss
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", "26 Jul 2024"),  # Llama 3
+    ],
+)
+def test_templates_that_ask_the_clock(tokenizer, template, expected):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = template
+    assert dated.decode(encode(dated, CHAT[3:], "chat")) == expected
+
+
+def test_template_that_opens_a_thought(tokenizer):
+    """DeepSeek-R1 and its distillates: the few tokens of an answer would be spent on thinking."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    assert thinking.decode(encode(thinking, CHAT[3:], "chat")) == "3+3?<think>\n\n</think>\n\n"
+
+
 @pytest.mark.slow
 def test_real_model_at_any_batch_size():
     """SmolLM2-135M on chat prompts, greedy and sampled: batch sizes 1, 4 and 16 agree but for near-ties."""
