@@ -163,7 +163,10 @@ class Pack:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self._files = {_stem(p): p for p in sorted(folder.iterdir()) if _stem(p) in FIELDS}
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.iterdir()):
+            if (name := _stem(path)) in FIELDS and (other := self._files.setdefault(name, path)) is not path:
+                raise BadInput(f"both {other.name} and {path.name} are here", where=str(folder), fix="Remove one of them")
         self._read: dict[str, list[dict[str, Any]]] = {}
 
     @property

@@ -137,6 +137,13 @@ def test_values_that_would_fail_or_mislead_later(tmp_path, name, pick, change, m
         pack.records(name)
 
 
+def test_one_file_in_two_forms(tmp_path):
+    """An unpacked and edited copy beside the archive: which of the two is meant?"""
+    write(tmp_path / "p")
+    with pytest.raises(BadInput, match=r"both machine_ethics.jsonl and machine_ethics.jsonl.gz are here"):
+        load_pack(str(write(tmp_path / "p", name="machine_ethics.jsonl.gz")))
+
+
 def test_bad_files(tmp_path):
     folder = write(tmp_path / "p", name="machine_ethics.jsonl.gz")
     data = (folder / "machine_ethics.jsonl.gz").read_bytes()
