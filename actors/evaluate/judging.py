@@ -13,6 +13,7 @@ _THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
     r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
+    r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\bnot comfortable\b"
 )
 _CHAR_LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)
 
@@ -97,10 +98,12 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
 def read_label(text: str, labels: Sequence[str]) -> str | None:
     """The label in the first sentence that holds exactly one of them (whole words, any case), or None.
 
-    "There is no way to tell" and "I have no idea" do not say "no".
+    "There is no way to tell" and "I have no idea" do not say "no", nor does "not positive" say "positive".
     """
     words = re.compile(
-        r"\b(?!no (?:information|idea|clue|way to)\b)(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE
+        r"(?<![^\W_])(?<!not )(?<!n't )(?!no (?:information|idea|clue|way to)\b)"
+        rf"(?:{'|'.join(map(re.escape, labels))})(?![^\W_])",
+        re.IGNORECASE,
     )
     for sentence in re.split(r"[.!?\n]", fold(text)):
         found = {m.lower() for m in words.findall(sentence)}

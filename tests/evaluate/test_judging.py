@@ -52,6 +52,9 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("positive or negative?", None),
         ("positive or negative? The answer is positive", "positive"),
         ("positively", None),
+        ("_Positive_", "positive"),
+        ("It is not positive but negative.", "negative"),
+        ("Not positive", None),
         ("", None),
     ],
 )
@@ -97,3 +100,4 @@ def test_outcomes():
     assert keyed("yes", 1, 0) == ("wrong", 0.0)
     assert keyed("well", None, 0) == ("unparseable", None)
     assert unanswered("I cannot say") == ("refused", None)
+    assert unanswered("I must respectfully decline to answer.") == unanswered("I'd rather not say") == ("refused", None)
