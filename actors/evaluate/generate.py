@@ -180,9 +180,11 @@ class Generator:
     def _fit(self, tokens: tuple[int, ...], room: int) -> tuple[int, ...]:
         if not tokens:
             raise ValueError("an empty prompt has no last position to continue from")
+        if self.limit and room >= self.limit:
+            raise CellError(f"an answer of {room} tokens does not fit the model's context of {self.limit}")
         if self.limit and len(tokens) + room > self.limit:
             self.stats.truncated += 1
-            return tokens[-max(1, self.limit - room) :]
+            return tokens[room - self.limit :]
         return tokens
 
     def _step(self, rows: list[_Row], logits_BV: torch.Tensor, decoding: Decoding, answers: list[Answer | None]) -> list[_Row]:

@@ -275,6 +275,8 @@ def test_long_prompts_lose_their_beginning():
     (answer,) = generator.generate([Prompt("x", long)], Decoding(6))
     assert generator.stats.truncated == 1
     assert answer.tokens == Generator(model, Numbers()).generate([Prompt("x", long[-250:])], Decoding(6))[0].tokens
+    with pytest.raises(CellError, match="an answer of 256 tokens does not fit the model's context of 256"):
+        generator.generate([Prompt("x", (8,))], Decoding(256))
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "Mpt", "GPTNeo", "Falcon"])
