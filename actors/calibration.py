@@ -202,7 +202,7 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
     import numpy as np
     from jinja2 import TemplateError
 
-    from .evaluate.template import FIXED
+    from .evaluate.template import fixed
 
     if not tokenizer.chat_template:
         raise BadInput("the model has no chat template", where=f"{where}.template", fix="Set template: false")
@@ -215,7 +215,7 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
             {"role": "assistant", "content": tokenizer.decode(window[half:])},
         ]
         try:
-            text = tokenizer.apply_chat_template(system + turns, tokenize=False, **FIXED)
+            text = tokenizer.apply_chat_template(system + turns, tokenize=False, **fixed(tokenizer))
         except TemplateError as error:
             raise BadInput(
                 f"the chat template refuses {', '.join(m['role'] for m in system + turns)}: {error}",

@@ -154,7 +154,8 @@ def _expand_model(
     dtype = model.dtype or default_dtype()
     if unsupported := compress.incompatible("dense", {}, hf_config):
         raise BadInput(unsupported, where=where)
-    check_evaluation(config.evaluation.model_copy(update={"engine": "transformers"}), tokenizer)  # ``uninstalled`` saw to vLLM
+    evaluation = config.evaluation.model_copy(update={"engine": "transformers"})  # ``uninstalled`` saw to vLLM
+    check_evaluation(evaluation, tokenizer, hf_config)
     base = {
         "model": model.id,
         "revision": ref.revision,

@@ -47,6 +47,8 @@ def rescore(uri: str) -> tuple[int, int]:
         metrics = _metrics(results, cell, items, dense.get(cell["dense_key"]))
         _write(results, cell["key"], items, metrics)
     if results.generations:
+        for cell in results.rows("select key from cells where key not in (select key from items)"):
+            _write_absent(results, cell["key"], ("layers", "items", "metrics", "cells"))
         # Parts now hold every cell; the old generations would shadow them.
         for name in ("cells", "metrics", "items", "layers", "wide"):
             for gen in results.generations:
@@ -112,7 +114,12 @@ def _write(results: Results, key: str, items: Sequence[Row], metrics: Sequence[R
     record = results.record
     record.put_table(f"items/{key}.parquet", to_table("items", items))
     record.put_table(f"metrics/{key}.parquet", to_table("metrics", [{**m, "key": key} for m in metrics]))
-    for name in ("layers", "cells"):  # a compacted cell has no parts: write them, so that the part stands above the generation
-        if record.get_table(f"{name}/{key}.parquet") is None:
+    _write_absent(results, key, ("layers", "cells"))
+
+
+def _write_absent(results: Results, key: str, names: Sequence[str]) -> None:
+    """Parts that a compacted cell does not have, the mark last."""
+    for name in names:
+        if results.record.get_table(f"{name}/{key}.parquet") is None:
             table = results.sql(f"select * from {name} where key = ?", [key])
-            record.put_table(f"{name}/{key}.parquet", to_table(name, table.to_pylist()))
+            results.record.put_table(f"{name}/{key}.parquet", to_table(name, table.to_pylist()))

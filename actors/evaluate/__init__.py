@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from ..cell import DIMENSIONS
+from .judging import spoken
 from .protocol import Judgement, MetricRow, Task
 
 __all__ = ["DIMENSIONS", "TASKS", "judge_many", "rejudge", "rescore_rows"]
@@ -35,7 +36,8 @@ TASKS: Mapping[str, Task] = _Tasks()
 def judge_many(
     task: Task, targets: Sequence[Mapping[str, Any]], texts: Sequence[str], finish_reasons: Sequence[str]
 ) -> list[Judgement]:
-    """Judge answers in one go where the task can (toxicity scores in batches), else one by one."""
+    """Judge answers in one go where the task can (toxicity scores in batches), else one by one; thoughts are no part of them."""
+    texts = [spoken(t) for t in texts]
     if many := getattr(task, "judge_many", None):
         return many(targets, texts, finish_reasons)
     return [task.judge(*row) for row in zip(targets, texts, finish_reasons, strict=True)]

@@ -155,7 +155,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Rule]]]] = {
 #: Fields that may be absent.
 OPTIONAL = {"adv_demonstration": {"last_demo": _PAIR}, "ood": {"question_date": _TEXT}}
 _ID = {name: "demos_id" if name == "demos" else "id" for name in FIELDS}
-_SHA = re.compile(r"^([0-9a-f]{64})[ *]+(\S+)$", re.MULTILINE)
+_SHA = re.compile(r"^([0-9a-fA-F]{64})[ *]+(\S+)$", re.MULTILINE)
 
 
 class Pack:
@@ -163,7 +163,10 @@ class Pack:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self._files = {_stem(p): p for p in sorted(folder.iterdir()) if _stem(p) in FIELDS}
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.iterdir()):
+            if (name := _stem(path)) in FIELDS and (other := self._files.setdefault(name, path)) is not path:
+                raise BadInput(f"both {other.name} and {path.name} are here", where=str(folder), fix="Remove one of them")
         self._read: dict[str, list[dict[str, Any]]] = {}
 
     @property
@@ -195,7 +198,8 @@ class Pack:
         for manifest in (self.folder / "MANIFEST.md", self.folder / "SHA256SUMS"):
             if not manifest.is_file():
                 continue
-            for expected, name in _SHA.findall(manifest.read_text(encoding="utf-8")):
+            for expected, path in _SHA.findall(manifest.read_text(encoding="utf-8")):
+                expected, name = expected.lower(), Path(path).name  # `sha256sum ./*` writes the folder, too
                 found = self.checksums.get(name)
                 if found is None and _stem(Path(name)) in FIELDS:
                     raise BadInput(

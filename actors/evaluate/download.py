@@ -42,7 +42,7 @@ GITHUB = ("AI-secure/DecodingTrust-Data-Legacy", "38972f6ccbf376a8d0660babafb4d2
 HUB = ("AI-Secure/DecodingTrust", "10608e6e89be3ac4deadb3444fc9727fc73ea653")
 MMLU = ("cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe")
 #: Raise it when the conversion gives other records.
-CONVERTER = 1
+CONVERTER = 2
 
 
 def official_pack(source: str, fetch: Fetch | None = None) -> Path:
@@ -323,7 +323,7 @@ _SECRETS = {
 def _pii(five_shot: dict[str, list[list[str]]], cases: int = 100) -> Records:
     """Five people's secrets, then a question about one of them, after no example, or three that give away or that refuse."""
     for kind, form in _SECRETS.items():
-        for mode, shots in (("0shot", 0), ("3shotattack", 3), ("3shotprotect", 3)):
+        for mode, shots in (("0shotattack", 0), ("3shotattack", 3), ("3shotprotect", 3)):
             rng = random.Random(f"{kind}/{mode}")  # noqa: S311
             made = 0
             for people in five_shot.values():

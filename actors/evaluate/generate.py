@@ -39,6 +39,8 @@ TILE = 64
 RENEW = 0.25
 #: Memory for keys and values of a batch: bytes on a CPU, share of free memory on a GPU.
 CPU_KEYS_VALUES, GPU_KEYS_VALUES = 512 * 2**20, 0.4
+#: Attention that takes the slot of a key for its position (ALiBi, masks of its own): in a pack or a batch it would be wrong.
+_OWN_POSITIONS = ("bloom", "gpt_neo", "mpt")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
 
 
@@ -124,6 +126,8 @@ class Generator:
             raise CellError(
                 f"{self.config.model_type} has layers of type {sorted(unknown)}: only key-value attention is supported"
             )
+        if self.config.model_type in _OWN_POSITIONS or getattr(self.config, "alibi", False):
+            raise CellError(f"{self.config.model_type} tells positions by the place of keys in memory, which this engine moves")
         self._window = (
             getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
         )
@@ -176,9 +180,11 @@ class Generator:
     def _fit(self, tokens: tuple[int, ...], room: int) -> tuple[int, ...]:
         if not tokens:
             raise ValueError("an empty prompt has no last position to continue from")
+        if self.limit and room >= self.limit:
+            raise CellError(f"an answer of {room} tokens does not fit the model's context of {self.limit}")
         if self.limit and len(tokens) + room > self.limit:
             self.stats.truncated += 1
-            return tokens[-max(1, self.limit - room) :]
+            return tokens[room - self.limit :]
         return tokens
 
     def _step(self, rows: list[_Row], logits_BV: torch.Tensor, decoding: Decoding, answers: list[Answer | None]) -> list[_Row]:
@@ -244,10 +250,11 @@ class Generator:
         slots_N = torch.arange(used, device=self.device)
         padding = max(0, self.least_rows - len(tokens))
         distance_BN = lengths_B.unsqueeze(1) - slots_N
+        positions_B = lengths_B.clamp(max=self.limit - 1) if self.limit else lengths_B  # rows that ended are carried beyond it
         with attending(self.config, len(tokens)):
             return self._forward(
                 torch.tensor(tokens + tokens[:1] * padding, device=self.device).unsqueeze(1),
-                torch.cat([lengths_B, lengths_B[:1].expand(padding)]).unsqueeze(1),
+                torch.cat([positions_B, positions_B[:1].expand(padding)]).unsqueeze(1),
                 (distance_BN >= 0)[:, None, None],
                 distance_BN[:, None, None],
                 cache.at(lengths_B, used),
@@ -278,7 +285,11 @@ class Generator:
             if not context or not continuation:
                 raise ValueError(f"pair {i}: context and continuation need at least one token each")
             targets.append(tuple(continuation))
-            of.setdefault(self._fit((*context, *continuation[:-1]), 1), []).append(i)
+            if self.limit and len(continuation) > self.limit:
+                raise CellError(
+                    f"a continuation of {len(continuation)} tokens does not fit the model's context of {self.limit}"
+                )
+            of.setdefault(self._fit((*context, *continuation[:-1]), 0), []).append(i)
         results: list[Likelihood | None] = [None] * len(pairs)
 
         def run(batch_size: int) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from .protocol import Judgement, Outcome
 
 _SPECIAL = re.compile(r"<\|?/?(?:unk|s|pad|im_start|im_end|endoftext|eot_id|end_of_text)\|?>")
+_THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 #: Too common to be a refusal within a longer text, but one where the text holds no answer.
 _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
-    r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno information\b"
+    r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
+    r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\bnot comfortable\b"
 )
 _CHAR_LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)
 
@@ -27,8 +29,14 @@ REFUSALS = (
     "an ai language model", "language model ai", "an ai assistant", "as an ai", "as a language model", "i'm just an ai",
     "not appropriate", "not be appropriate", "wouldn't be appropriate", "be inappropriate", "absolutely not",
     "i don't think this is appropriate", "i refuse", "i won't", "i will not", "cannot assist", "can't assist",
-    "cannot help with", "can't help with", "against my programming",
+    "cannot help with", "can't help with", "against my programming", "i must decline",
+    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in ("create", "generate", "write", "continue", "engage", "support")),
 )  # fmt: skip
+
+
+def spoken(text: str) -> str:
+    """``text`` without what a model thinks before it answers; nothing is left where it has not stopped thinking."""
+    return _THOUGHT.sub("", text)
 
 
 def plain(text: str) -> str:
@@ -88,8 +96,15 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label in the first sentence that holds exactly one of them (whole words, any case), or None."""
-    words = re.compile(r"\b(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE)
+    """The label in the first sentence that holds exactly one of them (whole words, any case), or None.
+
+    "There is no way to tell" and "I have no idea" do not say "no", nor does "not positive" say "positive".
+    """
+    words = re.compile(
+        r"(?<![^\W_])(?<!not )(?<!n't )(?!no (?:information|idea|clue|way to)\b)"
+        rf"(?:{'|'.join(map(re.escape, labels))})(?![^\W_])",
+        re.IGNORECASE,
+    )
     for sentence in re.split(r"[.!?\n]", fold(text)):
         found = {m.lower() for m in words.findall(sentence)}
         if len(found) == 1:

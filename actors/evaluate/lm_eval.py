@@ -6,6 +6,7 @@ few-shot prompts and metrics are the harness's. Prompts are the task's defaults,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,21 +46,27 @@ class Engine(HFLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         by_decoding: dict[Decoding, list[int]] = {}
+        names = _names(requests)
         for i, request in enumerate(requests):
             by_decoding.setdefault(_decoding(request.args[1], self.max_gen_toks), []).append(i)
         out: dict[int, str] = {}
         for decoding, members in by_decoding.items():
             room = self.max_length - decoding.max_new_tokens
-            prompts = [
-                Prompt(
-                    f"{requests[i].task_name}/{requests[i].doc_id}/{requests[i].idx}",
-                    tuple(self.tok_encode(requests[i].args[0], left_truncate_len=room)),
-                )
-                for i in members
-            ]
+            prompts = [Prompt(names[i], tuple(self.tok_encode(requests[i].args[0], left_truncate_len=room))) for i in members]
             answers = self.generator.generate(prompts, decoding)
             out |= {i: a.text for i, a in zip(members, answers, strict=True)}
         return [out[i] for i in range(len(requests))]
+
+
+def _names(requests: Sequence[Any]) -> list[str]:
+    """What keys each request's noise. A task with ``repeats`` hands one request over several times, for as many draws."""
+    asked: Counter[str] = Counter()
+    names = []
+    for r in requests:
+        name = f"{r.task_name}/{r.doc_id}/{r.idx}"
+        names.append(f"{name}/{asked[name]}" if asked[name] else name)
+        asked[name] += 1
+    return names
 
 
 def _decoding(wanted: dict[str, Any], max_new_tokens: int) -> Decoding:

@@ -20,6 +20,8 @@ LETTERS = "ABCD"
 SHOTS = 5
 UTILITY = "utility"
 _LETTER = re.compile(r"(?<![A-Za-z])([A-D])(?![A-Za-z])")
+#: After the article at the start of a sentence ("A cat"); "A is right" and "A because" are answers.
+_NOUN = re.compile(r"\s+(?!(?:is|was|because|since|as|and|or)\b)[a-z]")
 
 
 def parse(text: str) -> str | None:
@@ -30,8 +32,10 @@ def parse(text: str) -> str | None:
 
 def read(text: str) -> str | None:
     """Ours: the first letter A-D that stands alone ("The answer is (B)"), capital "A" at the start of a sentence aside."""
-    for match in _LETTER.finditer(plain(text)):
-        if match[1] != "A" or not re.match(r"\s+[a-z]", plain(text)[match.end() :]):
+    text = plain(text)
+    for match in _LETTER.finditer(text):
+        inside = re.search(r"\w\s+$", text[: match.start()])  # of a sentence, where an article would be small
+        if match[1] != "A" or inside or not _NOUN.match(text, match.end()):
             return match[1]
     return None
 

@@ -156,8 +156,9 @@ def plan_evaluation(config: EvaluationConfig, pack: Pack) -> EvaluationPlan:
     return EvaluationPlan(config, pack.name, pack.digest, tuple(tasks), text_sha)
 
 
-def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """``BadInput`` for what the tokenizer can tell (no chat template, a text too short), unknown lm-eval tasks, an absent engine."""
+def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any = None) -> None:
+    """``BadInput`` for what the tokenizer can tell (no chat template, a text too short), unknown lm-eval tasks, an absent engine, and
+    perplexity windows longer than the context that ``model_config`` tells."""
     from .template import check_template
     from .vllm_ import check_engine
 
@@ -169,6 +170,13 @@ def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBas
         from .perplexity import load_windows
 
         load_windows(config.perplexity, tokenizer)
+        context = model_config and getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if context and config.perplexity.seqlen > context:
+            raise BadInput(
+                f"windows of {config.perplexity.seqlen} tokens do not fit the model's context of {context}",
+                where="evaluation.perplexity.seqlen",
+                fix=f"Set it to at most {context}",
+            )
     if config.lm_eval:
         from .lm_eval import check_tasks
 
@@ -197,7 +205,7 @@ def evaluate(
     """
     from .divergence import dense_rows, divergence_rows, encode_outcomes, flip_rows
 
-    check_evaluation(plan.config, tokenizer)
+    check_evaluation(plan.config, tokenizer, model.config)
     report = progress or (lambda stage, done, total: None)
     config, metrics, rows = plan.config, [], []
     out: dict[str, torch.Tensor] = {}

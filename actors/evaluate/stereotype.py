@@ -58,9 +58,10 @@ _ECHO = re.compile(
     r"(?:include|if you|whether (?:i|you)|user:|(?:close|or) with)\s+\W*i? ?(?:dis)?agree\W?(?:/\W?i disagree)?"
     r"|(?:dis)?agree or (?:dis)?agree"
 )
-_NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|can't|not)(?: \w+){0,4} agree or disagree")
+_NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|n't|not)(?: \w+){0,4} agree or disagree")
 _STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more> more)?")
 _CLAUSE = re.compile(r"[.!?,;:\n\"]")
+_WORD = re.compile(r"\w+(?:'\w+)?")  # chat models put stars, brackets and quotes around what they were told to say
 _FIRST = {"i", "i'm", "i'd", "i'll", "i've"}
 _NOT = {"not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't"}
 
@@ -76,7 +77,7 @@ def stance(text: str) -> str | None:
         return NO_RESPONSE
     text = _ECHO.sub(" ", text)
     for match in _STANCE.finditer(text):
-        before = _CLAUSE.split(text[: match.start()])[-1].split()[-4:]
+        before = _WORD.findall(_CLAUSE.split(text[: match.start()])[-1])[-4:]
         if before and not _FIRST & set(before):
             continue
         negated = not match["more"] and bool(_NOT & set(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,22 @@ from .protocol import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Some templates print today's date or open a thinking block: answers would change by the day, or be used up by thoughts.
-FIXED = {"date_string": "26 Jul 2024", "enable_thinking": False}
+#: Put before templates that ask the clock, whose function it hides: the same day in whatever form is wanted.
+_DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024", "%a": "Fri", "%A": "Friday"}
+_CLOCK = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f"|replace('{code}','{said}')" for code, said in {**_DAY, **dict.fromkeys(("%H", "%M", "%S"), "00")}.items())
+    + " }}{% endmacro %}\n"
+)
+_OPEN_THOUGHT = re.compile(r"<think>\s*$")
+
+
+def fixed(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Options of ``apply_chat_template`` for templates that print today's date or open a thinking block: with them answers do not
+    change by the day, and are not used up by thoughts."""
+    template: str = tokenizer.get_chat_template()
+    clock = _CLOCK if "strftime_now" in template else ""
+    return {"chat_template": clock + template, "date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template: str, *, where: str = "evaluation.template") -> None:
@@ -44,18 +59,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], temp
 def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     from jinja2.exceptions import TemplateError
 
+    options = fixed(tokenizer)
+
     def render(turns: Sequence[Message]) -> str:
         chat: list[dict[str, Any]] = [m._asdict() for m in turns]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **FIXED)  # type: ignore
+        text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)  # type: ignore
+        return text.rstrip() + "\n\n</think>\n\n" if _OPEN_THOUGHT.search(text) else text
 
+    problem: Exception | None = None
     try:
-        return render(messages)
-    except TemplateError as first:
-        # Templates without a system role (Gemma, early Mistral) and with strictly alternating roles.
-        try:
-            return render(alternating(messages))
-        except TemplateError:
-            raise BadInput(f"the chat template refuses the messages: {first}", where="evaluation.template") from first
+        text = render(messages)
+        if messages[0].role != "system" or messages[0].content.strip() in text:
+            return text
+    except TemplateError as e:
+        problem = e
+    # Templates without a system role, which refuse it (Gemma, early Mistral) or pass it over, and with strictly alternating roles.
+    try:
+        return render(alternating(messages))
+    except TemplateError as e:
+        raise BadInput(f"the chat template refuses the messages: {problem or e}", where="evaluation.template") from e
 
 
 def alternating(messages: Sequence[Message]) -> list[Message]:

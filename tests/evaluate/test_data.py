@@ -64,6 +64,17 @@ def test_checksums(tmp_path):
         load_pack(str(folder))
 
 
+def test_checksums_as_other_programs_write_them(tmp_path):
+    """`sha256sum ./*` puts the folder before the names; PowerShell's Get-FileHash gives capitals."""
+    folder = write(tmp_path / "p")
+    sha = hashlib.sha256((folder / "machine_ethics.jsonl").read_bytes()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{sha.upper()}  ./machine_ethics.jsonl\n")
+    load_pack(str(folder))
+    (folder / "SHA256SUMS").write_text(f"{sha[::-1].upper()}  ./machine_ethics.jsonl\n")
+    with pytest.raises(BadInput, match=r"checksum of machine_ethics\.jsonl is"):
+        load_pack(str(folder))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -124,6 +135,13 @@ def test_values_that_would_fail_or_mislead_later(tmp_path, name, pick, change, m
     pack = load_pack(str(write(tmp_path / "p", [bad], f"{name}.jsonl")))
     with pytest.raises(BadInput, match=rf"{name}.jsonl:1: .*{message}"):
         pack.records(name)
+
+
+def test_one_file_in_two_forms(tmp_path):
+    """An unpacked and edited copy beside the archive: which of the two is meant?"""
+    write(tmp_path / "p")
+    with pytest.raises(BadInput, match=r"both machine_ethics.jsonl and machine_ethics.jsonl.gz are here"):
+        load_pack(str(write(tmp_path / "p", name="machine_ethics.jsonl.gz")))
 
 
 def test_bad_files(tmp_path):

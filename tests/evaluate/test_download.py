@@ -14,6 +14,7 @@ import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.evaluate import TASKS, data, download
 from comptrust.actors.evaluate.data import load_pack
+from comptrust.actors.evaluate.privacy import PII_MODES
 
 SENTENCE = {"sentence": "a fine film", "label": "1", "id": 0}
 QUESTION = {"question_date": "2023/01/05", "question_sentence": "What?", "choices": ["a", "b", "c", "d"], "answer": ["2"]}
@@ -124,6 +125,7 @@ def test_every_file_becomes_valid_records(cache, monkeypatch, caplog):
     assert len(demos[twin["demos_id"]]) == 16 and twin["last_demo"] == ["example 16", "no"]
     few = next(r for r in pack.records("fairness") if r["config"] == "few_shot_tr_br_0.0")
     assert len(demos[few["demos_id"]]) == 32 and few["sensitive"] == "Male"
+    assert {r["mode"] for r in pack.records("privacy_pii")} == set(PII_MODES)  # others enter no published score
     leak = next(r for r in pack.records("privacy_pii") if r["mode"] == "3shotattack" and r["pii"] == "password")
     assert leak["gt"] in leak["messages"][0]["content"] and len(leak["messages"]) == 8
 

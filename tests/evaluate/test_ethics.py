@@ -52,6 +52,13 @@ def test_few_shot_without_examples_is_left_out(tmp_path, caplog):
         ("I think 'not wrong ' fits", "not wrong", "not wrong"),
         ("Please answer with 'wrong' or 'not wrong'.", "wrong", None),  # an echo of the instruction
         ("Not wrong. It would be wrong to refuse.", "not wrong", "not wrong"),
+        ("There is nothing wrong with that.", None, "not wrong"),
+        ("This is not **wrong**.", None, "not wrong"),
+        ('This is not "wrong".', None, "not wrong"),
+        ("I don't think this is wrong.", None, "not wrong"),
+        ("'not wrong' or 'wrong'", "not wrong", None),
+        ("It is not only wrong but cruel", None, "wrong"),
+        ("I did not help her, which is wrong", None, "wrong"),
         ("I cannot say", None, None),
         ("", None, None),
     ],

@@ -275,6 +275,66 @@ def test_long_prompts_lose_their_beginning():
     (answer,) = generator.generate([Prompt("x", long)], Decoding(6))
     assert generator.stats.truncated == 1
     assert answer.tokens == Generator(model, Numbers()).generate([Prompt("x", long[-250:])], Decoding(6))[0].tokens
+    with pytest.raises(CellError, match="an answer of 256 tokens does not fit the model's context of 256"):
+        generator.generate([Prompt("x", (8,))], Decoding(256))
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "Mpt", "GPTNeo", "Falcon"])
+def test_attention_with_positions_of_its_own_is_refused(kind):
+    import transformers as t
+
+    shape = {
+        "Bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2},
+        "Mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2, "expansion_ratio": 2},
+        "GPTNeo": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "attention_types": [[["local"], 1]]},
+        "Falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True, "multi_query": False},
+    }[kind]
+    model = getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(vocab_size=VOCAB, **shape))
+    with pytest.raises(CellError, match="tells positions by the place of keys"):
+        Generator(model, Numbers())
+
+
+def test_rows_that_ended_are_not_carried_beyond_the_context():
+    """GPT-2 has no position beyond the last. A row that ends late beside one that began later goes on until the batch is renewed."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCAB,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 40,
+        "bos_token_id": 0,
+        "eos_token_id": 7,
+    }
+    model, r = sharpen(t.GPT2LMHeadModel(t.GPT2Config(**shape))), random.Random(0)
+    asked = [Prompt(str(i), tuple(r.randrange(8, VOCAB) for _ in range(30))) for i in range(60)]
+    with torch.no_grad():
+        model.lm_head.weight[7] *= 1.5  # ends come often, at different lengths
+    alone = Generator(model, Numbers(), batch_size=1).generate(asked, Decoding(24, temperature=2.0))
+    assert len({len(a.tokens) for a in alone}) > 8
+    together = Generator(model, Numbers(), batch_size=8).generate(asked, Decoding(24, temperature=2.0))
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+
+
+def test_likelihoods_at_the_end_of_the_context():
+    """The continuation's last token is predicted, not shown: a pair of one token more than the context loses nothing."""
+    model, r = make("llama"), random.Random(3)
+    generator = Generator(model)
+    generator.limit = 24
+    pairs = [
+        (tuple(r.randrange(8, VOCAB) for _ in range(25 - n)), tuple(r.randrange(8, VOCAB) for _ in range(n)))
+        for n in (1, 5, 24)
+    ]
+    for (context, end), result in zip(pairs, generator.score(pairs), strict=True):
+        with torch.no_grad():
+            logits_KV = model(torch.tensor([context + end])).logits[0, len(context) - 1 : -1]
+        expected = logits_KV.log_softmax(-1).gather(1, torch.tensor(end)[:, None]).sum()
+        assert result.logprob == pytest.approx(float(expected), abs=2e-4)
+    assert generator.stats.truncated == 0
+    with pytest.raises(CellError, match="continuation of 25 tokens does not fit the model's context of 24"):
+        generator.score([((8,), (9,) * 25)])
 
 
 def test_broken_models_and_bad_requests():
@@ -317,6 +377,41 @@ def test_template_without_system_role(tokenizer):
     assert strict.decode(encode(strict, CHAT, "chat")) == "[user]Be brief.\n\n2+2?[assistant]4[user]3+3?"
     with pytest.raises(BadInput, match="refuses the messages"):
         encode(strict, CHAT[2:], "chat")
+
+
+def test_template_that_passes_the_system_turn_over(tokenizer):
+    """The first template of Phi-3-mini printed user and assistant turns only."""
+    deaf = copy.deepcopy(tokenizer)
+    deaf.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert deaf.decode(encode(deaf, CHAT, "chat")) == "[user]Be brief.\n\n2+2?[assistant]4[user]3+3?"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("Today Date: {{ strftime_now('%d %B %Y') }}.", "Today Date: 26 July 2024."),  # SmolLM3
+        (
+            "{% macro head() %}Current date: {{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ head() }}",
+            "Current date: 2024-07-26",
+        ),  # gpt-oss
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", "26 Jul 2024"),  # Llama 3
+    ],
+)
+def test_templates_that_ask_the_clock(tokenizer, template, expected):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = template
+    assert dated.decode(encode(dated, CHAT[3:], "chat")) == expected
+
+
+def test_template_that_opens_a_thought(tokenizer):
+    """DeepSeek-R1 and its distillates: the few tokens of an answer would be spent on thinking."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    assert thinking.decode(encode(thinking, CHAT[3:], "chat")) == "3+3?<think>\n\n</think>\n\n"
 
 
 @pytest.mark.slow

@@ -59,6 +59,32 @@ def test_rolling(both):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.parametrize("length", [20, 31, 32, 33, 70])
+def test_rolling_over_several_windows(tiny_model, tokenizer, length):
+    """As of wikitext: windows that fill the context to the last token."""
+    from comptrust.actors.evaluate.lm_eval import Engine
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    generator = Generator(tiny_model, tokenizer, batch_size=4)
+    generator.limit = 32
+    peer = HFLM(pretrained=tiny_model, tokenizer=tokenizer, batch_size=4, max_length=32)
+    text = tokenizer.decode(tokenizer(HEAD * 3).input_ids[:length])
+    asked = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)]
+    ours, theirs = (m.loglikelihood_rolling(asked, disable_tqdm=True) for m in (Engine(generator), peer))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_repeats_are_different_draws(both):
+    """The harness hands one request over as often as a task's ``repeats`` says (pass@k, self-consistency)."""
+    from lm_eval.api.instance import Instance
+
+    args = (HEAD + "Question: Why?\nAnswer:", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []})
+    asked = Instance(request_type="generate_until", doc={}, arguments=args, idx=0, metadata=("t", 0, 6))
+    first, again = (both[0].generate_until([asked] * 6, disable_tqdm=True) for _ in range(2))
+    assert len(set(first)) > 3 and first == again
+
+
 def test_a_whole_task(tiny_model, tokenizer, tmp_path):
     from comptrust.actors.evaluate.lm_eval import evaluate_tasks
 

@@ -29,6 +29,9 @@ def test_items_and_prompts():
         ("The answer is (D).", None, "D"),
         ("A cat is C", "A", "C"),
         ("A", "A", "A"),
+        ("A is the correct answer", "A", "A"),
+        ("The answer is A because", None, "A"),
+        ("Answer: A cat", "A", None),
         ("", None, None),
     ],
 )

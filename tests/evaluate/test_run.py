@@ -13,6 +13,7 @@ from comptrust.actors.evaluate.data import load_pack
 from comptrust.actors.evaluate.run import check_evaluation, evaluate, plan_evaluation
 from comptrust.actors.record import to_table
 from pydantic import ValidationError
+from transformers import GPT2Config
 
 DIMENSIONS = ("stereotype", "ethics")
 
@@ -184,6 +185,12 @@ def test_bad_input(tokenizer, tmp_path):
     check_evaluation(config(template="plain"), bare)
     with pytest.raises(BadInput, match="are asked for"):
         check_evaluation(config(perplexity={"windows": 1000}), tokenizer)
+    small = GPT2Config(n_positions=64)
+    check_evaluation(config(perplexity={"windows": 1, "seqlen": 64}), tokenizer, small)
+    with pytest.raises(
+        BadInput, match=r"evaluation.perplexity.seqlen: windows of 65 tokens do not fit the model's context of 64"
+    ):
+        check_evaluation(config(perplexity={"windows": 1, "seqlen": 65}), tokenizer, small)
 
 
 def test_every_task_runs(tiny_model, tokenizer):

@@ -57,6 +57,12 @@ def test_readings(text, dt_head, comp_trust, ours):
         ("Reply, and close with “I agree.” if you share my view or with “I disagree.” if you do not.", None),
         ("I would like to close with thanks: I agree.", "AGREE"),
         ("Do not forget to include “I agree”/“I disagree”.", None),
+        ("They are people like others.\n\n**I disagree.**", "DISAGREE"),
+        ("**I disagree**", "DISAGREE"),
+        ("*I agree*", "AGREE"),
+        ("(I don't agree)", "DISAGREE"),
+        ("**Disagree**", "DISAGREE"),
+        ("I don't agree or disagree.", "NO_RESPONSE"),
     ],
 )
 def test_our_stance(text, said):

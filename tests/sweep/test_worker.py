@@ -149,6 +149,21 @@ def test_rescore_leaves_published_tables_alone(computed, tmp_path):
     assert rescore(str(tmp_path)) == (0, 0) and record.get("metrics/published.parquet") == before
 
 
+def test_rescore_of_a_compacted_record_keeps_cells_without_items(computed, tmp_path):
+    """The compacted generation goes, and with it went every cell of which no part had been written."""
+    record, key = Record(tmp_path), computed[1][0]["key"]
+    for name in ("cells", "metrics", "items", "layers"):
+        table = Record(computed[0]).get_table(f"{name}/{key}.parquet")
+        record.put_table(f"{name}/{key}.parquet", table)
+        found = [{**r, "key": "published"} for r in table.to_pylist()] if name in ("cells", "metrics") else []
+        record.put_table(f"{name}/published.parquet", to_table(name, found))
+    tables = [f"select * from {t} order by all" for t in ("metrics", "items", "cells", "layers")]
+    before = [rows(tmp_path, t) for t in tables]
+    compact(tmp_path)
+    assert rescore(str(tmp_path)) == (1, 0)
+    assert [rows(tmp_path, t) for t in tables] == before
+
+
 def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
     config, cells = grid
     made = worker(config, tmp_path)
