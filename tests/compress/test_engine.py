@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from comptrust.actors.compress import METHODS, check, compress, compress_many, engine
+from comptrust.actors.compress.export import export
 from comptrust.actors.compress.structure import clone, decoder_blocks, discover
 from comptrust.actors.errors import BadInput, CellError
 from small_models import make_llama
@@ -74,6 +75,11 @@ def test_sizes_add_up_from_what_is_stored(llama, many):
     for done in many[1:]:
         assert len(done.layers) == len(done.stored) == 14
         assert 8 * sum(s.size_bytes for s in done.stored.values()) / weights == pytest.approx(done.bits_per_weight)
+        assert [row["bits"] for row in done.layers] == [
+            8 * s.size_bytes / (s.shape[0] * s.shape[1]) for s in done.stored.values()
+        ]
+    awq = many[4]  # scales of inputs are folded away: codes, a float16 scale and a 4-bit zero point a group are left
+    assert {row["bits"] for row in awq.layers} == {4 + (16 + 4) / 32}
 
 
 def test_pruned_sizes_are_those_of_the_packed_form(llama, tokens):
@@ -348,6 +354,34 @@ def test_other_families_compress_and_every_input_scale_folds(kind, tokens):
         error = (done.model(tokens).logits - model(tokens).logits).norm() / model(tokens).logits.norm()
         assert error < 0.03, (method, error)
         assert all(s.input_scale is None for s in done.stored.values())
+
+
+@pytest.mark.parametrize("depth", [2, 3], ids=["as-deep-as-the-text", "deeper"])
+def test_of_a_model_with_eyes_the_language_model_is_compressed(tmp_path, tokens, depth):
+    """Gemma 3 loads as a causal LM that lists the blocks of its vision tower first."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    torch.manual_seed(0)
+    text = dict(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=16,
+    )  # fmt: skip
+    eyes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=eyes, image_token_index=299, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for method, params in [("rtn", {"bits": 8, "group_size": 32}), ("awq", {"bits": 8, "group_size": 32}), ("gblm", {})]:
+        done = compress(model, method, params, tokens)
+        assert len(done.stored) == 14 and all(name.startswith("model.language_model.layers.") for name in done.stored)
+        for a, b in zip(done.model.model.vision_tower.parameters(), model.model.vision_tower.parameters(), strict=True):
+            assert a is b
+        error = (done.model(tokens).logits - model(tokens).logits).norm() / model(tokens).logits.norm()
+        assert 0 < error < (0.03 if method != "gblm" else 1)
+    done = compress(model, "rtn", {"bits": 4, "group_size": 32})
+    back = AutoModelForCausalLM.from_pretrained(export(done, None, tmp_path / "out").path).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(back(tokens).logits, done.model(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_groups_are_found_by_what_reads_the_same_input(llama, tokens):
