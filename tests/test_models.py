@@ -115,7 +115,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_bad_input(folder, tmp_path, absent)
     weights = load_file(copy / "model.safetensors")
     del weights[absent]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="holds no .*Give a whole checkpoint of LlamaForCausalLM") as error:
+    with pytest.raises(BadInput, match=r"holds no .*Give a whole checkpoint of LlamaForCausalLM") as error:
         models.load(models.resolve(str(copy)))
     assert absent in str(error.value) or "lm_head.weight, nor 1 others" in str(error.value)
 
