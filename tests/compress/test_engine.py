@@ -310,6 +310,37 @@ def test_tokens_of_the_wrong_form_are_refused(llama, bad):
         compress(llama, "wanda", {}, bad)
 
 
+@pytest.mark.parametrize("shift", [300, -300])
+def test_token_ids_the_model_does_not_know_are_refused(llama, tokens, shift):
+    with pytest.raises(BadInput, match=r"ids from -?\d+ to -?\d+, the model knows 0 to 299.*Tokenise"):
+        compress(llama, "wanda", {}, tokens + shift)
+    compress(llama, "rtn", {"group_size": 32}, tokens + shift)  # looks at none
+
+
+def test_windows_longer_than_the_learned_positions_are_refused(tokens):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = dict(vocab_size=300, hidden_size=64, ffn_dim=96, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=64)
+    model = OPTForCausalLM(OPTConfig(**shape, max_position_embeddings=40)).eval()
+    with pytest.raises(BadInput, match=r"seqlen: windows of 48 tokens, the model has 40 positions\. Lower it to 40"):
+        compress(model, "wanda", {}, tokens)
+    assert compress(model, "wanda", {}, tokens[:, :40]).sparsity_reached == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "GPTJ", "XGLM"])
+@pytest.mark.parametrize("method", ["wanda", "gblm"])
+def test_blocks_that_cannot_be_called_one_by_one_are_refused(tokens, kind, method):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=64, n_embd=64, d_model=64, ffn_dim=96, n_layer=1, num_layers=1, n_head=4, attention_heads=4,
+        rotary_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with pytest.raises(BadInput, match=r"(returns tuple|positional arguments).*Supported: .*Llama"):
+        compress(model, method, {}, tokens)
+
+
 def test_fused_experts_are_refused_with_what_is_supported(tokens):
     from transformers import MixtralConfig, MixtralForCausalLM
 
