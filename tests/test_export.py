@@ -12,7 +12,7 @@ from comptrust.actors import models
 from comptrust.actors.cell import Cell
 from comptrust.actors.compress import compress
 from comptrust.actors.compress.artifacts import ArtifactCache, dump, restore
-from comptrust.actors.compress.export import _pack_awq, card, export, load_packed
+from comptrust.actors.compress.export import PACKED, _pack_awq, card, export, load_packed
 from comptrust.actors.errors import BadInput
 from comptrust.kernels.formats import unpack
 from safetensors.torch import load_file
@@ -187,14 +187,15 @@ def test_pruned_layers_lie_packed_beside_the_dense_ones(model, tmp_path):
     for method, params in (("magnitude", {"pattern": "2:4"}), ("wanda", {"sparsity": 0.6}), ("sparsegpt", both)):
         compressed = compress(model, method, params, TOKENS)
         done = export(compressed, None, tmp_path / method)
-        packed = load_packed(done.path / "packed.safetensors")
+        # vLLM reads every *.safetensors beside the weights (model_loader/weight_utils.py), and knows no other names.
+        assert [p.name for p in done.path.glob("*.safetensors")] == ["model.safetensors"]
+        packed = load_packed(done.path / PACKED)
         assert packed.keys() == compressed.stored.keys()
         for name, layer in packed.items():
             assert layer.format == {"magnitude": "2:4", "wanda": "bitmap", "sparsegpt": "2:4+int4"}[method]
             assert torch.equal(unpack(layer), compressed.model.get_submodule(name).weight)
-        assert (done.path / "packed.safetensors").stat().st_size < 0.8 * sum(
-            4 * s.shape[0] * s.shape[1] for s in compressed.stored.values()
-        )
+        assert (done.path / PACKED).stat().st_mode & 0o777 == 0o644
+        assert (done.path / PACKED).stat().st_size < 0.8 * sum(4 * s.shape[0] * s.shape[1] for s in compressed.stored.values())
 
 
 def test_the_card_names_the_cell_and_what_was_measured(model, tmp_path):
