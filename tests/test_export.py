@@ -15,7 +15,7 @@ from comptrust.actors.compress.artifacts import ArtifactCache, dump, restore
 from comptrust.actors.compress.export import PACKED, _pack_awq, card, export, load_packed
 from comptrust.actors.errors import BadInput
 from comptrust.kernels.formats import unpack
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -295,11 +295,23 @@ def test_the_least_recently_used_artefact_goes_first(tmp_path):
     assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) <= 4000
 
 
-def test_a_damaged_artefact_counts_as_absent(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:150],
+        lambda whole: whole + b"x",
+        lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],  # one bit of one weight
+        lambda whole: save({"t": torch.zeros(100)}),  # no header of ours
+    ],
+)
+def test_a_damaged_artefact_counts_as_absent(tmp_path, damage):
     cache = ArtifactCache(tmp_path, 10**6)
-    cache.put("k", {"t": torch.zeros(100)}, {})
+    for dtype in (torch.bfloat16, torch.int8, torch.float32):
+        cache.put("k", {"t": torch.ones(100, dtype=dtype), "s": torch.tensor(1.0), "e": torch.zeros(0, 3)}, {})
+        assert cache.get("k")[0]["t"].dtype == dtype
     path = tmp_path / "k.safetensors"
-    path.write_bytes(path.read_bytes()[:150])
+    path.write_bytes(damage(path.read_bytes()))
     assert cache.get("k") is None and not path.exists()
 
 
