@@ -82,6 +82,31 @@ def test_sizes_add_up_from_what_is_stored(llama, many):
     assert {row["bits"] for row in awq.layers} == {4 + (16 + 4) / 32}
 
 
+@pytest.mark.parametrize("widths", [(64, 192), (72, 100), (80, 208)])
+def test_sizes_are_those_of_the_packed_form_at_any_width(widths):
+    """Rows are padded to whole words, which widths that are no multiple of 32 show."""
+    from comptrust.kernels.formats import pack, packed_bytes
+
+    model = make_llama(layers=1, hidden=widths[0], intermediate=widths[1])
+    for params, form in [
+        ({"pattern": "1:2"}, "2:4"),
+        ({"pattern": "2:4"}, "2:4"),
+        ({"sparsity": 0.6}, "bitmap"),
+        ({"pattern": "8:16"}, "8:16"),
+        ({"pattern": "4:8"}, "4:8"),
+    ]:
+        if form in ("8:16", "4:8") and widths[1] == 100:
+            continue
+        done = compress(model, "magnitude", params)
+        for name, stored in done.stored.items():
+            assert stored.size_bytes == packed_bytes(pack(done.model.get_submodule(name).weight, form)), (name, form)
+    for bits in (4, 8):
+        done = compress(model, "rtn", {"bits": bits, "group_size": None})
+        for name, stored in done.stored.items():
+            packed = pack(done.model.get_submodule(name).weight, f"int{bits}", scale=stored.scale)
+            assert stored.size_bytes == packed_bytes(packed), (name, bits)
+
+
 def test_pruned_sizes_are_those_of_the_packed_form(llama, tokens):
     from comptrust.kernels.formats import pack, packed_bytes
 
