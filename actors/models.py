@@ -132,7 +132,7 @@ def load(
     folder = model_folder(ref, progress)
     with _loading(progress):
         try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            made: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 device_map=None if device == "cpu" else device,
@@ -142,6 +142,7 @@ def load(
             )
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
+    model, loaded = made
     if missing := sorted(loaded["missing_keys"]):  # transformers makes these up at random, and only warns
         raise BadInput(
             f"{ref.spec!r} holds no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""),
