@@ -25,12 +25,18 @@ def _dtype(dtype: str | None) -> str:
     return dtype or ("bfloat16" if _device() == "cuda" else "float32")
 
 
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if values is not None and not isinstance(values, Mapping):
+        raise BadInput(f"{values!r} is no mapping of names to values", where=where, fix='Give a dict, like {"bits": 4}')
+    return dict(values or {})
+
+
 def _config(schema: Any, values: Mapping[str, Any] | None, where: str) -> Any:
     """``schema`` from ``values``; its first complaint as ``BadInput`` with path and value."""
     from pydantic import ValidationError
 
     try:
-        return schema(**dict(values or {}))
+        return schema(**_mapping(values, where))
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         path = ".".join(map(str, (where, *first["loc"])))
@@ -50,20 +56,24 @@ def compress(
 ) -> dict[str, Any]:
     """Compress ``model`` and, with ``output``, write a checkpoint that transformers loads.
 
+    ``calibration`` is the block of a sweep; samples and seqlen it leaves out are those of `default_size`.
     Returns ``model`` (the compressed torch module, tensors it shares with the dense one included), ``tokenizer``, ``layers``,
     ``size_bytes``, ``bits_per_weight``, ``sparsity_reached``, ``seconds``, ``calibration_digest``. Raises ``BadInput`` for a value no
     method accepts, an impossible combination, a missing model or too little calibration text, before weights are read.
     """
     from . import compress as methods
     from . import models
-    from .calibration import CalibrationConfig, calibrate
+    from .calibration import CalibrationConfig, calibrate, default_size
     from .compress import backends
     from .compress.export import check_output
 
     if output is not None:
         check_output(output)
     dtype = _dtype(dtype)
-    spec = _config(CalibrationConfig, calibration, "calibration")
+    params, calibration = _mapping(params, "params"), _mapping(calibration, "calibration")
+    source = calibration.get("source", "builtin")
+    size = default_size(source) if isinstance(source, str) else {}
+    spec = _config(CalibrationConfig, {**size, **calibration}, "calibration")
     if method not in methods.METHODS:
         raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
     own = methods.METHODS[method].backend
@@ -71,10 +81,10 @@ def compress(
         raise BadInput(f"bitsandbytes has no method {method!r}", where="--backend", fix="Leave it out.")
     foreign = backend not in ("comptrust", "bitsandbytes")
     if foreign:
-        filled = backends.check(backend, method, dict(params or {}), where=method)
+        filled = backends.check(backend, method, params, where=method)
         backends.check_installed(backend)
     else:
-        filled = methods.check(method, dict(params or {}), where=method)
+        filled = methods.check(method, params, where=method)
     ref = models.resolve(model, where="MODEL")
     shapes = models.load_config(ref)
     reason = backends.incompatible(backend, method, filled, shapes) if foreign else methods.incompatible(method, filled, shapes)

@@ -123,7 +123,7 @@ def load(
     """Model in evaluation mode and its tokenizer.
 
     ``device`` is a torch device, or ``auto``: spread over all visible GPUs by accelerate. ``progress`` counts tensors loaded.
-    Raises BadInput if the cached or given files are not a causal language model that transformers knows.
+    Raises BadInput if the cached or given files are not a causal language model that transformers knows, or lack weights of it.
     """
     import torch
     from safetensors import SafetensorError
@@ -132,15 +132,23 @@ def load(
     folder = model_folder(ref, progress)
     with _loading(progress):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            made: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 device_map=None if device == "cpu" else device,
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
+    model, loaded = made
+    if missing := sorted(loaded["missing_keys"]):  # transformers makes these up at random, and only warns
+        raise BadInput(
+            f"{ref.spec!r} holds no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""),
+            where="model",
+            fix=f"Give a whole checkpoint of {type(model).__name__}",
+        )
     return model.eval(), load_tokenizer(ref)
 
 

@@ -304,12 +304,11 @@ def compress(
 ) -> None:
     """One compressed checkpoint that transformers loads."""
     from ..actors.api import compress as make
-    from ..actors.calibration import default_size
 
     params = {"bits": bits, "group_size": group_size, "sparsity": sparsity, "pattern": pattern}
     params |= _overrides(set_, "damping=0.05")
     chosen = {k: v for k, v in {"samples": samples, "seqlen": seqlen}.items() if v is not None}
-    spec = {"source": calibration, **default_size(calibration), **chosen, "seed": seed}
+    spec = {"source": calibration, **chosen, "seed": seed}
     done = make(
         model, method, {k: v for k, v in params.items() if v is not None}, output, calibration=spec, backend=backend, dtype=dtype,
         progress=_progress_line(),

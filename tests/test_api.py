@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import comptrust
+import numpy as np
 import pytest
+from comptrust.actors.calibration import CalibrationConfig, calibrate, token_digest
 from comptrust.actors.errors import BadInput
+from comptrust.actors.models import load_tokenizer, resolve
 from comptrust.sweep.cli import app
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -85,6 +88,8 @@ def test_the_command_prints_both(folder, capsys):
         ("rtn", {"calibration": {"samples": 0}}, r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
         ("rtn", {"calibration": {"seqlen": 4}}, r"calibration.seqlen: .*\(got 4\)"),
         ("rtn", {"calibration": {"seed": -1}}, r"calibration.seed: .*\(got -1\)"),
+        ("gptq", {"calibration": "wiki.txt"}, "calibration: 'wiki.txt' is no mapping of names to values"),
+        ("gptq", {"calibration": {"source": "wiki.npy"}}, "no file 'wiki.npy'"),
         ("rtn", {"dtype": "fp16"}, "--dtype: unknown dtype 'fp16'. One of: float32, bfloat16, float16"),
     ],
 )
@@ -95,6 +100,23 @@ def test_what_cannot_work_is_said_before_weights_are_read(folder, tmp_path, monk
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises(BadInput, match=says):
         comptrust.compress(str(folder / "dense"), method, {"bits": 4, "group_size": 32}, **options)
+
+
+def test_a_calibration_nobody_sized_is_what_its_source_holds(folder, tmp_path):
+    """As on the command line: the built-in text has not the published 128 windows of 2048."""
+    tokens = np.arange(5 * 70).reshape(5, 70) % 500
+    np.save(tmp_path / "ids.npy", tokens)
+    source = {"source": str(tmp_path / "ids.npy")}
+    assert comptrust.compress(str(folder / "dense"), "wanda", calibration=source)["calibration_digest"] == token_digest(tokens)
+    drawn = calibrate(CalibrationConfig(samples=16, seqlen=512), load_tokenizer(resolve(str(folder / "dense"))))
+    assert comptrust.compress(str(folder / "dense"), "wanda")["calibration_digest"] == drawn.digest
+
+
+def test_parameters_are_names_and_values(folder):
+    with pytest.raises(BadInput, match="params: 'bits=4' is no mapping"):
+        comptrust.compress(str(folder / "dense"), "rtn", "bits=4")
+    with pytest.raises(BadInput, match="evaluation: 'smoke' is no mapping"):
+        comptrust.evaluate(str(folder / "dense"), "smoke")
 
 
 def test_a_dtype_to_evaluate_in_is_one_that_is_known(folder):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from comptrust.actors import models
 from comptrust.actors.errors import BadInput
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_tiny_model
@@ -106,6 +106,18 @@ def test_a_broken_checkpoint_is_bad_input(folder, tmp_path):
     (copy / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(BadInput, match="cannot load"):
         models.load(models.resolve(str(copy)))
+
+
+@pytest.mark.parametrize("absent", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_checkpoint_that_lacks_a_weight_is_bad_input(folder, tmp_path, absent):
+    """transformers would make it up at random, another one in each process."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    del weights[absent]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"holds no .*Give a whole checkpoint of LlamaForCausalLM") as error:
+        models.load(models.resolve(str(copy)))
+    assert absent in str(error.value) or "lm_head.weight, nor 1 others" in str(error.value)
 
 
 class _Evil:

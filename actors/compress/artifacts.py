@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +48,10 @@ class ArtifactCache:
             # Under the lock: safetensors opens the file twice, and eviction or a new version must not come in between.
             with FileLock(self.root / ".lock"), safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-                meta = json.loads(file.metadata()["meta"])
+                about = file.metadata() or {}
+                meta = json.loads(about["meta"])
+            if about["crc32"] != checksum(tensors):  # a header that reads well says nothing about the weights behind it
+                raise ValueError("its checksum is another")
             os.utime(path)
         except FileNotFoundError:  # absent, or evicted by another process just now
             return None
@@ -66,7 +70,8 @@ class ArtifactCache:
         descriptor, temporary = tempfile.mkstemp(dir=self.root, prefix=f".{key}-")
         os.close(descriptor)
         try:
-            save_file(separate(tensors), temporary, metadata={"meta": json.dumps(meta)})
+            own = separate(tensors)
+            save_file(own, temporary, metadata={"meta": json.dumps(meta), "crc32": checksum(own)})
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             with FileLock(self.root / ".lock"):
@@ -153,6 +158,14 @@ def restore(dense: nn.Module, tensors: Mapping[str, Tensor], meta: Mapping[str, 
             _set(model, parameter, tensor.to(home(parameter.rpartition(".")[0])))
     rest = {k: v for k, v in meta.items() if k not in ("rebuilt", "stored")}
     return Compressed(model, stored=stored, **rest)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 over names and bytes of contiguous tensors on the CPU."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

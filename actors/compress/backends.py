@@ -356,7 +356,11 @@ def check_drift(
     import torch
 
     device = next(dense.parameters()).device
-    sample = tokens[:2, :256] if tokens is not None else torch.arange(5, 5 + 128)[None] % int(dense.config.vocab_size)
+    sample = (
+        tokens[:2, :256]
+        if tokens is not None
+        else torch.arange(5, 5 + 128)[None] % int(dense.config.get_text_config().vocab_size)
+    )
     with torch.inference_mode():
         before, after = (m(sample.to(device)).logits.float() for m in (dense, compressed.model))
     before, after = (x - x.mean(-1, keepdim=True) for x in (before, after))

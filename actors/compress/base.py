@@ -265,14 +265,16 @@ def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, no
     weights that are quantised as well pack only as 2:4 with 4 bit; elsewhere every position costs its ``bits``.
     """
     O, I = shape
-    dense = math.ceil(O * I * bits / 32) * 4
+    wide = math.ceil(I / 32) * 32  # rows are padded to whole words
+    dense = O * math.ceil(I * bits / 32) * 4 if quantised else math.ceil(O * I * bits / 8)
     if pattern in ("1:2", "2:4") and (bits == 4 or not quantised):
-        return math.ceil(O * I / 2 * bits / 32) * 4 + 4 * O * math.ceil(I / 32)
+        return math.ceil(O * wide / 2 * bits / 8) + O * wide // 8
     if pattern is None or quantised:
         return dense
     if pattern in ("4:8", "8:16"):
-        return math.ceil(O * I / 2 * bits / 8) + 4 * O * math.ceil(I / 16)
-    return min(dense, math.ceil(nonzero * bits / 8) + 4 * O * math.ceil(I / 32) + 4 * (O + 1))
+        wide = math.ceil(I / 16) * 16
+        return math.ceil(O * wide / 2 * bits / 8) + O * wide // 4
+    return min(dense, math.ceil(nonzero * bits / 8) + O * wide // 8 + 4 * (O + 1))
 
 
 def zero_bytes(zero_OG: Tensor, bits: float) -> int:

@@ -80,6 +80,10 @@ def four_bit(linear: nn.Linear, config: FourBitConfig, quant_type: str) -> nn.Mo
         compress_statistics=config.double_quant, quant_type=quant_type, module=module,
     ).to(device)  # fmt: skip
     module.bias = linear.bias
+    if (
+        linear.out_features % 32
+    ):  # bitsandbytes 0.50's layout for CPUs with AVX512-BF16 takes whole tiles of 32 rows, or asserts
+        module.support_avx512bf16_for_cpu = False
     return module.eval()
 
 

@@ -34,6 +34,8 @@ from .structure import (
     on_device,
     record,
     take_rows,
+    text_body,
+    text_config,
     to_device,
 )
 
@@ -81,6 +83,8 @@ def run(
     linears = named_linears(prefix, blocks)
     for spec, config in specs:
         check_fit(spec, config, linears, tokens)
+    if tokens is not None and any(spec.needs_calibration for spec, _ in specs):
+        check_ids(model, tokens)
     cells = []
     for spec, config in specs:
         copy = model if spec.name == "dense" else clone(model).eval()
@@ -146,6 +150,25 @@ def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Line
             f"{spec.name} builds a {need} x {need} Hessian: it needs {need} calibration tokens or more, not {have}",
             where="calibration",
             fix=f"Raise samples to {-(-need // tokens.shape[1])} at this sequence length",
+        )
+
+
+def check_ids(model: Any, tokens: Tensor) -> None:
+    """BadInput for token ids or positions the model has no embedding of; on a GPU these would end the process."""
+    embedding, (low, high) = model.get_input_embeddings(), (int(t) for t in tokens.aminmax())
+    if low < 0 or high >= embedding.num_embeddings:
+        raise BadInput(
+            f"calibration tokens hold ids from {low} to {high}, the model knows 0 to {embedding.num_embeddings - 1}",
+            where="calibration",
+            fix="Tokenise the text with this model's tokenizer",
+        )
+    learned = any(isinstance(m, nn.Embedding) and m is not embedding for m in text_body(model).modules())
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if learned and positions and tokens.shape[1] > positions:
+        raise BadInput(
+            f"windows of {tokens.shape[1]} tokens, the model has {positions} positions",
+            where="calibration.seqlen",
+            fix=f"Lower it to {positions}",
         )
 
 

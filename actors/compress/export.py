@@ -6,7 +6,7 @@
 | gptq | integer codes in GPTQ's layout, also with act-order | vLLM; transformers with gptqmodel |
 | awq | 4-bit codes in AWQ's GEMM layout | vLLM; transformers with gptqmodel |
 | bitsandbytes | LLM.int8, NF4, FP4 as bitsandbytes stores them | transformers, vLLM |
-| dense | ordinary weights, zeros where they were pruned; our packed form beside it | everything |
+| dense | ordinary weights, zeros where they were pruned; our packed form in a folder | everything |
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ..cell import Cell
 
 FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "dense")
+#: Our packed form in an exported folder. One level down: vLLM takes every ``*.safetensors`` beside the weights for weights.
+PACKED = "packed/packed.safetensors"
 _BITSANDBYTES = ("int8", "nf4", "fp4")
 #: Order in which AWQ's GEMM layout puts eight codes into a word.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -85,16 +87,17 @@ def export(
     try:
         _save(compressed.model, tensors, quantization, temporary)
         if packed := pack_pruned(compressed):
-            save_packed(packed, temporary / "packed.safetensors")
+            (temporary / PACKED).parent.mkdir()
+            save_packed(packed, temporary / PACKED)
             notes.append(
-                "packed.safetensors holds the pruned layers in comptrust's packed form; "
+                f"{PACKED} holds the pruned layers in comptrust's packed form; "
                 "read it with comptrust.actors.compress.export.load_packed."
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card(compressed, format, notes, cell, measured), encoding="utf-8")
         temporary.chmod(0o755)
-        for file in temporary.iterdir():
+        for file in (f for f in temporary.rglob("*") if f.is_file()):
             file.chmod(0o644)  # the writer of safetensors leaves them to their owner alone
         if out.exists():
             out.rmdir()

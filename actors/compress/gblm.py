@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..errors import CellError
 from .base import Inputs, Progress, Solution, parse_pattern
 from .masks import masked
-from .structure import clone, decoder_blocks, linears_of, on_device, record, to_device
+from .structure import clone, decoder_blocks, discover, linears_of, on_device, record, to_device
 from .wanda import ScoredConfig, prune
 
 #: The gradients of a mean over tokens are so small that most underflow in float16. A power of two: elsewhere it changes no digit.
@@ -46,6 +47,7 @@ def prepare(
                 module._parameters[name] = nn.Parameter(p.detach(), requires_grad=False)
     prefix, blocks = decoder_blocks(shell)
     tokens = tokens.to(next(shell.parameters()).device)
+    discover(shell, blocks, tokens[:1, :8], folds=False)  # refuses blocks that cannot be called one by one
     hidden: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]  # input of each block, by sequence
     with torch.no_grad():
         arguments = []
@@ -76,6 +78,9 @@ def prepare(
                 grads[i] = grad.to(home)
         for hook in hooks:
             hook.remove()
+        for n, s in squares.items():
+            if not bool(torch.isfinite(s).all()):
+                raise CellError(f"{prefix}.{b}.{n}: the gradient of its weights is not finite on the calibration set")
         norms |= {f"{prefix}.{b}.{n}": s.sqrt_().div_(LOSS_SCALE).to(home) for n, s in squares.items()}
         if progress:
             progress("gradients", 2 * len(blocks) - b, 2 * len(blocks))

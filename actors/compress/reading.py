@@ -142,7 +142,7 @@ def _stored(name: str, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits
         name, (O, I), bits, codes.contiguous(), scale_OG.contiguous(), zero,
         group_size=None if G == 1 else math.ceil(I / G), group_index=None if ordered else index.to(torch.int32), format="int",
     )  # fmt: skip
-    size = packed_bytes(layer.shape, bits=bits, pattern=None, nonzero=O * I) + element_bytes(layer.scale)
+    size = packed_bytes(layer.shape, bits=bits, pattern=None, nonzero=O * I, quantised=True) + element_bytes(layer.scale)
     size += 0 if zero is None else zero_bytes(zero, bits)
     size += 0 if ordered else element_bytes(layer.group_index)
     return replace(layer, size_bytes=size)

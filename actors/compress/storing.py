@@ -88,6 +88,9 @@ def totals(
     order = {name: i for i, (name, _) in enumerate(dense.named_modules())}
     layers = sorted(layers, key=lambda row: order[row["layer"]])
     stored = {row["layer"]: stored[row["layer"]] for row in layers}
+    layers = [
+        layer_row(stored[row["layer"]], row["error"], row["sparsity"]) for row in layers
+    ]  # without scales folded away since
     unique = {id(p): p for p in dense.parameters()}
     whole = sum(element_bytes(p) for p in unique.values())
     parameters = sum(p.numel() for p in unique.values())

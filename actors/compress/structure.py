@@ -26,13 +26,26 @@ def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def text_body(model: nn.Module) -> Any:
+    """What turns token ids into hidden states, without the head."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of `text_body`; None if the model has none."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks. BadInput, listing what is supported, if the model is built otherwise."""
     kind = type(model).__name__
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    config, body = text_config(model), text_body(model)
+    depth = getattr(config, "num_hidden_layers", None)
+    start = next(name for name, module in model.named_modules() if module is body)  # a model with eyes has their blocks before
     found = [
-        (name, module)
-        for name, module in model.named_modules()
+        (f"{start}.{name}" if start else name, module)
+        for name, module in body.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and (depth is None or len(module) == depth)
     ]
     if not found:
@@ -190,7 +203,7 @@ def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, visit: Calla
         return run
 
     originals = [block.forward for block in blocks]
-    body = model.get_decoder() if hasattr(model, "get_decoder") else model
+    body = text_body(model)
     try:
         for block, forward in zip(blocks, originals, strict=True):
             block.forward = stand_in(block, forward)
@@ -208,7 +221,7 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
     numbers: scaled by random factors, the block must give the same output, else the group has no fold.
     """
     walk = Walk()
-    config = getattr(model, "config", None)
+    config = text_config(model)
 
     def visit(block: nn.Module, forward: Callable, hidden: Tensor, kwargs: dict) -> None:
         key = signature(block)

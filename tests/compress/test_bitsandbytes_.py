@@ -52,3 +52,16 @@ def test_rows_that_split_a_block_are_refused():
     assert "160 inputs" in incompatible("nf4", {}, model.config)
     with pytest.raises(BadInput, match="160 inputs"):
         compress(model, "fp4", {})
+
+
+@pytest.mark.parametrize("params", [{}, {"double_quant": True}])
+def test_rows_that_fill_no_tile_of_32_run_on_every_cpu(tokens, params):
+    """bitsandbytes 0.50.2 stops with an assertion at the first forward on a CPU with AVX512-BF16."""
+    model = make_llama(layers=1, head_dim=20)  # 80 and 40 outputs
+    done = compress(model, "nf4", {"skip": ["*.o_proj"]} | params)
+    row = next(r for r in done.layers if r["layer"].endswith("q_proj"))
+    W = model.get_submodule(row["layer"]).weight
+    with torch.inference_mode():
+        seen = done.model.get_submodule(row["layer"])(torch.eye(W.shape[1])).T
+        assert torch.isfinite(done.model(tokens).logits).all()
+    assert row["error"] == pytest.approx(float((W - seen).norm() / W.norm()), rel=1e-3)

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from comptrust.actors.compress import METHODS, check, compress, compress_many, engine
+from comptrust.actors.compress.export import export
 from comptrust.actors.compress.structure import clone, decoder_blocks, discover
 from comptrust.actors.errors import BadInput, CellError
 from small_models import make_llama
@@ -74,6 +75,36 @@ def test_sizes_add_up_from_what_is_stored(llama, many):
     for done in many[1:]:
         assert len(done.layers) == len(done.stored) == 14
         assert 8 * sum(s.size_bytes for s in done.stored.values()) / weights == pytest.approx(done.bits_per_weight)
+        assert [row["bits"] for row in done.layers] == [
+            8 * s.size_bytes / (s.shape[0] * s.shape[1]) for s in done.stored.values()
+        ]
+    awq = many[4]  # scales of inputs are folded away: codes, a float16 scale and a 4-bit zero point a group are left
+    assert {row["bits"] for row in awq.layers} == {4 + (16 + 4) / 32}
+
+
+@pytest.mark.parametrize("widths", [(64, 192), (72, 100), (80, 208)])
+def test_sizes_are_those_of_the_packed_form_at_any_width(widths):
+    """Rows are padded to whole words, which widths that are no multiple of 32 show."""
+    from comptrust.kernels.formats import pack, packed_bytes
+
+    model = make_llama(layers=1, hidden=widths[0], intermediate=widths[1])
+    for params, form in [
+        ({"pattern": "1:2"}, "2:4"),
+        ({"pattern": "2:4"}, "2:4"),
+        ({"sparsity": 0.6}, "bitmap"),
+        ({"pattern": "8:16"}, "8:16"),
+        ({"pattern": "4:8"}, "4:8"),
+    ]:
+        if form in ("8:16", "4:8") and widths[1] == 100:
+            continue
+        done = compress(model, "magnitude", params)
+        for name, stored in done.stored.items():
+            assert stored.size_bytes == packed_bytes(pack(done.model.get_submodule(name).weight, form)), (name, form)
+    for bits in (4, 8):
+        done = compress(model, "rtn", {"bits": bits, "group_size": None})
+        for name, stored in done.stored.items():
+            packed = pack(done.model.get_submodule(name).weight, f"int{bits}", scale=stored.scale)
+            assert stored.size_bytes == packed_bytes(packed), (name, bits)
 
 
 def test_pruned_sizes_are_those_of_the_packed_form(llama, tokens):
@@ -304,6 +335,37 @@ def test_tokens_of_the_wrong_form_are_refused(llama, bad):
         compress(llama, "wanda", {}, bad)
 
 
+@pytest.mark.parametrize("shift", [300, -300])
+def test_token_ids_the_model_does_not_know_are_refused(llama, tokens, shift):
+    with pytest.raises(BadInput, match=r"ids from -?\d+ to -?\d+, the model knows 0 to 299.*Tokenise"):
+        compress(llama, "wanda", {}, tokens + shift)
+    compress(llama, "rtn", {"group_size": 32}, tokens + shift)  # looks at none
+
+
+def test_windows_longer_than_the_learned_positions_are_refused(tokens):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = dict(vocab_size=300, hidden_size=64, ffn_dim=96, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=64)
+    model = OPTForCausalLM(OPTConfig(**shape, max_position_embeddings=40)).eval()
+    with pytest.raises(BadInput, match=r"seqlen: windows of 48 tokens, the model has 40 positions\. Lower it to 40"):
+        compress(model, "wanda", {}, tokens)
+    assert compress(model, "wanda", {}, tokens[:, :40]).sparsity_reached == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "GPTJ", "XGLM"])
+@pytest.mark.parametrize("method", ["wanda", "gblm"])
+def test_blocks_that_cannot_be_called_one_by_one_are_refused(tokens, kind, method):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=64, n_embd=64, d_model=64, ffn_dim=96, n_layer=1, num_layers=1, n_head=4, attention_heads=4,
+        rotary_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with pytest.raises(BadInput, match=r"(returns tuple|positional arguments).*Supported: .*Llama"):
+        compress(model, method, {}, tokens)
+
+
 def test_fused_experts_are_refused_with_what_is_supported(tokens):
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -348,6 +410,34 @@ def test_other_families_compress_and_every_input_scale_folds(kind, tokens):
         error = (done.model(tokens).logits - model(tokens).logits).norm() / model(tokens).logits.norm()
         assert error < 0.03, (method, error)
         assert all(s.input_scale is None for s in done.stored.values())
+
+
+@pytest.mark.parametrize("depth", [2, 3], ids=["as-deep-as-the-text", "deeper"])
+def test_of_a_model_with_eyes_the_language_model_is_compressed(tmp_path, tokens, depth):
+    """Gemma 3 loads as a causal LM that lists the blocks of its vision tower first."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    torch.manual_seed(0)
+    text = dict(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=16,
+    )  # fmt: skip
+    eyes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=eyes, image_token_index=299, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for method, params in [("rtn", {"bits": 8, "group_size": 32}), ("awq", {"bits": 8, "group_size": 32}), ("gblm", {})]:
+        done = compress(model, method, params, tokens)
+        assert len(done.stored) == 14 and all(name.startswith("model.language_model.layers.") for name in done.stored)
+        for a, b in zip(done.model.model.vision_tower.parameters(), model.model.vision_tower.parameters(), strict=True):
+            assert a is b
+        error = (done.model(tokens).logits - model(tokens).logits).norm() / model(tokens).logits.norm()
+        assert 0 < error < (0.03 if method != "gblm" else 1)
+    done = compress(model, "rtn", {"bits": 4, "group_size": 32})
+    back = AutoModelForCausalLM.from_pretrained(export(done, None, tmp_path / "out").path).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(back(tokens).logits, done.model(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_groups_are_found_by_what_reads_the_same_input(llama, tokens):

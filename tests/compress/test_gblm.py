@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
-from comptrust.actors.compress import compress
+from comptrust.actors.compress import compress, gblm
 from comptrust.actors.compress.gblm import GblmConfig, prepare
+from comptrust.actors.errors import CellError
 from small_models import make_llama
 
 
@@ -41,3 +43,10 @@ def test_without_the_gradient_it_is_wanda_and_with_it_is_not(llama, tokens):
     full = compress(llama, "gblm", {}, tokens).model.state_dict()
     assert all(torch.equal(wanda[k], plain[k]) for k in wanda)
     assert any(not torch.equal(wanda[k], full[k]) for k in wanda)
+
+
+def test_gradients_that_are_not_finite_name_the_layer(tokens, monkeypatch):
+    """They once compared as lower than nothing, and every weight went."""
+    monkeypatch.setattr(gblm, "LOSS_SCALE", 1e8)  # more than float16 holds
+    with pytest.raises(CellError, match=r"model\.layers\.1\.\S*: the gradient of its weights is not finite"):
+        compress(make_llama().half(), "gblm", {}, tokens)
