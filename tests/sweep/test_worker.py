@@ -149,6 +149,26 @@ def test_rescore_leaves_published_tables_alone(computed, tmp_path):
     assert rescore(str(tmp_path)) == (0, 0) and record.get("metrics/published.parquet") == before
 
 
+def test_rescore_of_a_compacted_record_loses_no_cell_without_items(grid, computed, tmp_path):
+    """A cell that asks nothing but perplexity, and a published row, stand in the generation that rescoring replaces."""
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    record = Record(folder)
+    for key, status in (("perplexity-alone", "done"), ("published", "published")):
+        for name in ("cells", "metrics", "items", "layers"):
+            table = record.get_table(f"{name}/{grid[1][1].key}.parquet").to_pylist()
+            changed = [{**row, "key": key, **({"status": status} if name == "cells" else {})} for row in table]
+            record.put_table(f"{name}/{key}.parquet", to_table(name, changed if name in ("cells", "metrics") else []))
+    compact(folder)
+    tables = [f"select * from {t} order by all" for t in ("metrics", "items", "cells", "layers")]
+    before = [rows(folder, t) for t in tables]
+    assert rescore(str(folder)) == (4, 0)
+    assert [rows(folder, t) for t in tables] == before
+    assert record.done() == {c.key for c in grid[1]} | {"perplexity-alone", "published"}
+
+
 def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
     config, cells = grid
     made = worker(config, tmp_path)
