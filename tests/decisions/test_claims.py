@@ -182,6 +182,22 @@ def test_seeds_of_one_configuration_are_found(tmp_path):
     assert e.of(keys[1])["ethics"].seed_sd == pytest.approx(2.0)
 
 
+def test_seeds_without_a_score_have_no_spread(tmp_path):
+    """Calibration seeds that all fell silent: their spread is not a number, and no claim rests on it."""
+    r = Record(tmp_path)
+    ethics = answers("ethics", [True] * 20)
+    silent = [{**x, "outcome": "degenerate", "score": None} for x in ethics]
+    write_cell(r, "dense", {"ethics": ethics})
+    for bits in (4, 3):
+        for seed in (0, 1):
+            write_cell(r, "gptq", {"ethics": silent}, bits=bits, seed=seed)
+    assert claims(load_results(tmp_path)).of("D9") == []
+    for seed, lost in ((0, 0), (1, 4)):
+        write_cell(r, "awq", {"ethics": answers("ethics", [i >= lost for i in range(20)])}, bits=3, seed=seed)
+    (found,) = claims(load_results(tmp_path)).of("D9")
+    assert found.observed == "awq 3-bit mean sd 14.1; no two rates of a method differ in it"
+
+
 def test_suites_are_never_mixed(tmp_path):
     record = Record(tmp_path)
     write_cell(record, "dense", {"ethics": answers("ethics", [True] * 20)}, suite="smoke", evaluation="smoke")
