@@ -167,7 +167,9 @@ def query(
 
     rows = load_results(results).rows(sql)
     if format is Format.json:
-        _json(rows)
+        from .effects import clean
+
+        _json(clean(rows))
     elif format is Format.csv:
         _csv(rows)
     else:
