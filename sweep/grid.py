@@ -187,7 +187,8 @@ def _expand_model(
                 cell = Cell(
                     **base, method=block.method, params=params, backend=backend, calibration=spec, calibration_digest=digest
                 )
-                if fits := excluded(config, {**(spec or {}), **params, **base, "method": block.method, "backend": backend}):
+                facts = {**(spec or {}), "calibration": (spec or {}).get("source"), **params, **base}
+                if fits := excluded(config, {**facts, "method": block.method, "backend": backend}):
                     grid.used.update(fits)
                     continue
                 if reason:

@@ -104,6 +104,22 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
 
 
+def test_cells_are_excluded_by_their_calibration(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One two three. " * 2000)
+    config = sweep_dict([tiny], tmp_path)
+    block = {"method": "gptq", "bits": [4, 3], "group_size": 32}
+    config["methods"] = [block, {**block, "calibration": {"source": str(text), "samples": 2, "seqlen": 64}}]
+    config["exclude"] = [{"calibration": "builtin", "bits": 3}]
+    grid = expand(load_config(config))
+    assert [(c.params["bits"], c.calibration["source"]) for c in grid.cells[1:]] == [
+        (4, "builtin"),
+        (4, str(text)),
+        (3, str(text)),
+    ]
+    assert grid.notes == []
+
+
 def test_cells_of_a_plan_have_names_of_their_own(tiny, tmp_path):
     config = sweep_dict([tiny], tmp_path)
     config["methods"] = [
@@ -150,8 +166,11 @@ def test_plan_counts_cells_of_a_model_on_a_hub_out_of_reach(tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     config = sweep_dict(["nobody/nothing-7b"], tmp_path)
     config["methods"].append({"method": "awq", "backend": "autoawq", "clip": [True, False]})
+    config["exclude"] = [{"dtype": "float32", "method": "magnitude"}]
     found = plan(load_config(config))
-    assert found["cells"] == 10 and found["models"][0]["parameters"] == 7e9
+    assert found["cells"] == 9 and found["models"][0]["parameters"] == 7e9
+    names = [c["cell"] for c in found["list"]]
+    assert len(set(names)) == 9 and "gptq 4 g32 damping 0.05" in names
     assert "the hub cannot be reached" in found["note"] and "cells have no keys yet" in found["note"]
 
 
