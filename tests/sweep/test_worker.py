@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 
+import comptrust
 import pytest
 from comptrust.actors.actor import Worker, WorkerConfig, cell_row, dense_of
 from comptrust.actors.calibration import CalibrationConfig
@@ -291,3 +293,39 @@ def test_only_the_seed_of_a_calibration_makes_two_cells_one_configuration(knob):
     one = config_of(row(source=source, **knob))
     assert one == config_of(row(source=source, **knob, seed=5)) != config_of(row(source=source))
     assert row(source="a.txt")["calibration"] == "a.txt"
+
+
+def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monkeypatch):
+    """Of a sweep whose other model is gone, of a model with .bin weights that the sweep allows, beside another data pack."""
+    import shutil
+
+    import torch
+    from comptrust.sweep.export import export_cell
+    from comptrust.sweep.launch import register
+    from safetensors.torch import load_file
+
+    other, mine = shutil.copytree(tiny_pair[1], tmp_path / "other"), shutil.copytree(tiny, tmp_path / "mine")
+    weights = load_file(mine / "model.safetensors")
+    torch.save(weights, mine / "pytorch_model.bin")
+    (mine / "model.safetensors").unlink()
+    written = sweep_dict([other], tmp_path / "record")
+    written["models"].append({"id": str(mine), "allow_bin": True})
+    written["methods"] = [{"method": "magnitude", "pattern": "2:4"}]
+    config = load_config(written)
+    found = expand(config)
+    cell = next(c for c in found.cells if c.model == str(mine) and c.method == "magnitude")
+    record = Record(config.results)
+    register(record, config, found)
+    record.commit(cell_row(cell, status="done", attempts=1), [], [])
+
+    shutil.rmtree(other)
+    pack = tmp_path / "pack"
+    shutil.copytree(Path(comptrust.__file__).parent / "actors" / "data" / "probes", pack)
+    (pack / "stereotype.jsonl").write_text("\n".join((pack / "stereotype.jsonl").read_text().splitlines()[:48]) + "\n")
+    monkeypatch.setenv("COMPTRUST_DATA", str(pack))
+    export_cell(str(tmp_path / "record"), cell.key[:8], tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = out[name] != 0
+    assert kept.float().mean() == 0.5 and torch.equal(out[name][kept], weights[name][kept])
+    assert cell.key in (tmp_path / "out" / "README.md").read_text()
