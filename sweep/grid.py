@@ -88,6 +88,8 @@ def _check_exclude(config: SweepConfig) -> None:
     known = {"model", "method", "backend", "dtype", "seed", "samples", "seqlen", "calibration"}
     known |= {f for m in compress.METHODS.values() for f in m.config.model_fields}
     for i, rule in enumerate(config.exclude):
+        if not rule:
+            raise BadInput("an empty rule fits every cell", where=f"exclude[{i}]", fix="Name fields, or leave it out.")
         for name, value in rule.items():
             if name not in known:
                 raise BadInput(unknown(name, sorted(known), "field"), where=f"exclude[{i}].{name}")

@@ -74,6 +74,7 @@ def test_bad_values_name_value_place_and_fix(override, message):
         ("models=[package:no-such-wheel]", r"models\[0\].id: .*no-such-wheel"),
         ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
         ("calibration.samples=1", r"calibration.samples: gptq 4 .* needs \d+ calibration tokens, samples x seqlen gives 64"),
+        ("exclude=[{}]", r"exclude\[0\]: an empty rule fits every cell"),
         ("exclude=[{bit: 3}]", r"exclude\[0\].bit: unknown field 'bit'. Did you mean 'bits'"),
         ("exclude=[{method: [rtn, gtpq]}]", r"exclude\[0\].method: unknown method 'gtpq'. Did you mean 'gptq'"),
     ],
@@ -83,6 +84,13 @@ def test_values_that_only_methods_and_models_know(tiny, tmp_path, override, mess
     config["methods"] = [*config["methods"], *[{"method": "magnitude", "pattern": "2:4"}] * 2][:6]
     with pytest.raises(BadInput, match=message):
         expand(load_config(config, [override]))
+
+
+def test_a_sweep_that_is_no_text_is_bad_input(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"s.yaml: cannot read: 'utf-8' codec.* Give a UTF-8 YAML file"):
+        load_config(path)
 
 
 def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
