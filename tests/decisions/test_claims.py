@@ -206,6 +206,25 @@ def test_suites_are_never_mixed(tmp_path):
         claims(load_results(tmp_path))
 
 
+def test_two_evaluations_of_one_suite_are_counted_apart(tmp_path):
+    """The same weights on two data packs: two findings that can be told apart, and no cell counted twice in one group."""
+    from comptrust.sweep.report_verdicts import claims_table
+
+    r = Record(tmp_path)
+    for evaluation, lost in (("probes", 0), ("pack", 60)):
+        common = {"evaluation": evaluation, "suite": "standard"}
+        write_cell(r, "dense", {"ethics": answers("ethics", [True] * 200)}, **common)
+        write_cell(r, "gptq", {"ethics": answers("ethics", [i >= lost for i in range(200)])}, bits=4, **common)
+    found = claims(load_results(tmp_path))
+    assert {(f.suite, f.verdict) for f in found.of("D2")} == {("standard pack", "fails"), ("standard probes", "holds")}
+    assert [(g.size, g.cells, g.dims_down_max) for g in found.groups] == [
+        ("1b standard pack", 1, 1),
+        ("1b standard probes", 1, 0),
+    ]
+    (row,) = (r for r in claims_table(found)["rows"] if r["id"] == "D2")
+    assert [f["verdict"] for f in row["findings"]] == ["fails", "holds"]
+
+
 def test_silence_is_a_loss(tmp_path):
     """Half of the dimensions gained, the other half fell silent: such a cell neither keeps trust nor has a worst drop."""
     r = Record(tmp_path)
