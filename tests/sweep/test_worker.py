@@ -329,3 +329,32 @@ def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monke
     kept = out[name] != 0
     assert kept.float().mean() == 0.5 and torch.equal(out[name][kept], weights[name][kept])
     assert cell.key in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_sync_publishes_cells_that_the_sweep_no_longer_lists(grid, computed, tmp_path, monkeypatch):
+    import shutil
+
+    from comptrust.sweep import sync
+    from comptrust.sweep.grid import Grid
+    from comptrust.sweep.launch import register
+
+    seen = []
+
+    class Fake:
+        def __init__(self, *args):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args: []
+
+        def cell(self, row, items):
+            seen.append(row["key"])
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    config, cells = grid
+    for some in (cells, cells[:2]):
+        register(Record(folder), config, Grid(some, [], None))
+    monkeypatch.setattr(sync, "Publisher", Fake)
+    assert sync.sync(str(folder)).startswith("4 cells of 1 sweep(s)")
+    assert sorted(seen) == sorted(c.key for c in cells)
