@@ -146,7 +146,7 @@ def evaluate(
     from .evaluate.run import evaluate as run
 
     config, dtype = _config(EvaluationConfig, evaluation, "evaluation"), _dtype(dtype)
-    ref, dense_ref = models.resolve(model), models.resolve(dense) if dense else None
+    ref, dense_ref = models.resolve(model, where="MODEL"), models.resolve(dense, where="--dense") if dense else None
     plan = plan_evaluation(config, load_pack())
     check_evaluation(config, tokenizer := models.load_tokenizer(ref), models.load_config(ref))
     if dense_ref and models.load_tokenizer(dense_ref).get_vocab() != tokenizer.get_vocab():

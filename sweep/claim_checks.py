@@ -233,6 +233,8 @@ def _seed_variance(base: Base) -> Finding | None:
         if len(keys) < 2 or strength is None:
             continue
         sds = {d: s.sd for d in DIMENSIONS if (s := st.seed_spread([base.effects.rows[k][d] for k in keys]))}
+        if not sds:  # silent, or scored for one seed alone
+            continue
         used += [base.effects.rows[k] for k in keys]
         spreads.setdefault(config["method"], []).append((strength, f"{config['method']} {rate(config)}", sds))
     if not spreads:
@@ -250,7 +252,7 @@ def _seed_variance(base: Base) -> Finding | None:
     if pairs:
         observed += f"; larger at the stronger rate in {sum(p > 0 for p in pairs)} of {len(pairs)} dimensions"
     else:
-        observed += "; one rate a method only, nothing to compare"
+        observed += "; no two rates of a method differ in it"
     sds = {name: s for _, name, s in every}
     value = float(np.mean([p > 0 for p in pairs])) if pairs else None
     return conclude(base, "D9", verdict, "cells", observed, value, used, sd=sds)

@@ -15,7 +15,8 @@ from ..actors.errors import BadInput, CellError
 app = typer.Typer(
     name="comptrust",
     help="Which compressed version of an LLM is safe to deploy: compress a grid, measure eight trust dimensions, ask for the frontier.",
-    epilog="Start here: comptrust run quickstart, then comptrust pareto results/quickstart --min size_bytes --min perplexity",
+    epilog="Start here: comptrust run quickstart, then comptrust pareto results/quickstart --min size_bytes --min perplexity. "
+    "Exit codes: 0 done, 1 some cells failed, 2 bad input (nothing started), 130 interrupted (the same command goes on).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -135,7 +136,7 @@ def pareto(
     probability: Annotated[
         bool, typer.Option("--probability/--no-probability", help="Probability of being on the frontier.")
     ] = True,
-    format: Annotated[Format, typer.Option("--format")] = Format.table,
+    format: Annotated[Format, typer.Option("--format", help="json and csv print that alone on stdout.")] = Format.table,
 ) -> None:
     """Frontier over any number of objectives. Example: comptrust pareto results/x --min size_bytes --max trust"""
     from .frontier import pareto as find
@@ -160,14 +161,16 @@ def query(
     sql: Annotated[
         str, typer.Argument(metavar="SQL", help="DuckDB SQL over cells, metrics, items, layers, failed and the view results.")
     ],
-    format: Annotated[Format, typer.Option("--format")] = Format.table,
+    format: Annotated[Format, typer.Option("--format", help="json and csv print that alone on stdout.")] = Format.table,
 ) -> None:
     """DuckDB over the record. Example: "select method, bits, perplexity, worst_drop from results order by perplexity" """
     from .results import load_results
 
     rows = load_results(results).rows(sql)
     if format is Format.json:
-        _json(rows)
+        from .effects import clean
+
+        _json(clean(rows))
     elif format is Format.csv:
         _csv(rows)
     else:
@@ -261,7 +264,7 @@ def report(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A published table, CSV.")],
     results: ResultsArg,
     format: Annotated[str, typer.Option("--format", help="comp-trust-sheet or beyond-perplexity")],
 ) -> None:
@@ -288,18 +291,21 @@ def compress(
     model: ModelArg,
     method: Annotated[str, typer.Option(help="rtn gptq awq magnitude wanda sparsegpt gblm smoothquant llm_int8 nf4 fp4")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the checkpoint.")],
-    bits: Annotated[int | None, typer.Option()] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8, as the method takes them.")] = None,
     group_size: Annotated[int | None, typer.Option(help="0: one group a channel.")] = None,
-    sparsity: Annotated[float | None, typer.Option()] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of weights pruned, 0-1.")] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured or N:M; implies the sparsity.")] = None,
-    backend: Annotated[str, typer.Option()] = "comptrust",
+    backend: Annotated[str, typer.Option(help="comptrust, or a library of `comptrust backends list`.")] = "comptrust",
     calibration: Annotated[
         str, typer.Option(metavar="FILE", help="builtin, .txt, .jsonl (text), .npy token ids, or hub:...")
     ] = "builtin",
     samples: Annotated[int | None, typer.Option(help="Windows; default: 128, 16 of builtin, all of a .npy.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window; default: 2048, 512 of builtin, as in a .npy.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    set_: SetOpt = None,
+    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the method (damping=0.05); may be repeated."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: bfloat16 with a GPU.")] = None,
 ) -> None:
     """One compressed checkpoint that transformers loads."""
@@ -325,7 +331,10 @@ def evaluate(
         str | None, typer.Option(metavar="MODEL", help="The uncompressed model: measured too, and how far MODEL is from it.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: bfloat16 with a GPU.")] = None,
-    set_: SetOpt = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="A field of the evaluation block (perplexity.windows=2); may be repeated."),
+    ] = None,
     format: FormatOpt = TextFormat.table,
 ) -> None:
     """One model without a sweep: the trust dimensions with refusal rates and intervals, perplexity, MMLU."""

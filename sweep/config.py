@@ -203,7 +203,7 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
     else:
         path = Path(sweep)
         if path.is_file():
-            text, where = path.read_text(), str(sweep)
+            text, where = _read(path), str(sweep)
         elif str(sweep) in shipped():
             text, where = (resources.files("comptrust.conf") / f"{sweep}.yaml").read_text(), str(sweep)
         else:
@@ -221,6 +221,13 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
     for text in overrides:
         override(data, text)
     return validate(SweepConfig, data)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot read: {e}", where=str(path), fix="Give a UTF-8 YAML file that you may read.") from e
 
 
 def override(data: dict[str, Any], text: str, example: str = "evaluation.suite=standard") -> None:

@@ -7,23 +7,32 @@ from pathlib import Path
 
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
+from .config import SweepConfig
 from .grid import config_of, expand
 from .results import load_results
 
 
-def find_cell(uri: str, prefix: str) -> tuple[Cell, dict]:
-    """The cell behind a key of the record, from the sweep that holds it, and its row of ``results``."""
+def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
+    """The cell behind a key of the record, its row of ``results``, and the sweep that holds it.
+
+    It is known by its weights: neither the sweep's other models nor the data that it was evaluated on need be here.
+    """
     results = load_results(uri)
     key = results.find(prefix)
     row = results.rows("select * from results where key = ?", [key])[0]
     for path in results.record.list("sweeps", ".json"):
         sweep = results.record.get_json(path)
         for form in [sweep, *sweep.get("earlier", [])]:
-            for cell in expand(config_of(form), installed=False).cells if key in form["keys"] else ():
-                if cell.key == key:
-                    return cell, row
+            if key not in form["keys"]:
+                continue
+            config = config_of(form)
+            mine = tuple(m for m in config.models if m.id == row["model"]) or config.models
+            for cell in expand(config.model_copy(update={"models": mine}), installed=False).cells:
+                if cell.artifact_key == row["artifact_key"]:
+                    asked = {"suite": row["suite"], "evaluation": row["evaluation"]}
+                    return cell.model_copy(update=asked), row, config
     raise BadInput(
-        f"cell {key} cannot be made again from here: its model, calibration text or data pack has changed, or it was imported",
+        f"cell {key} cannot be made again from here: its model or calibration text has changed, or it was imported",
         where="CELL", fix="Run `comptrust compress` with its parameters (comptrust query RESULTS \"select params from cells\").",
     )  # fmt: skip
 
@@ -34,8 +43,9 @@ def export_cell(uri: str, prefix: str, output: Path, progress: Callable[[str, in
     from ..actors.compress.export import check_output, export
 
     check_output(output)
-    cell, row = find_cell(uri, prefix)
-    worker = Worker(WorkerConfig(record=uri, evaluation={}), progress)
+    cell, row, config = find_cell(uri, prefix)
+    allow_bin = tuple(m.id for m in config.models if m.allow_bin)
+    worker = Worker(WorkerConfig(record=uri, evaluation={}, allow_bin=allow_bin), progress)
     worker.prepare(cell)
     if worker.error is not None:
         raise worker.error

@@ -86,9 +86,11 @@ def checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[st
 def _check_exclude(config: SweepConfig) -> None:
     from ..actors import compress
 
-    known = {"model", "method", "backend", "dtype", *CalibrationConfig.model_fields}
+    known = {"model", "method", "backend", "dtype", "calibration", *CalibrationConfig.model_fields}
     known |= {f for m in compress.METHODS.values() for f in m.config.model_fields}
     for i, rule in enumerate(config.exclude):
+        if not rule:
+            raise BadInput("an empty rule fits every cell", where=f"exclude[{i}]", fix="Name fields, or leave it out.")
         for name, value in rule.items():
             if name not in known:
                 raise BadInput(unknown(name, sorted(known), "field"), where=f"exclude[{i}].{name}")
@@ -129,6 +131,13 @@ def uninstalled(config: SweepConfig) -> list[BadInput]:
             raise
         found.append(e)
     return found
+
+
+def facts(cell: Cell) -> dict[str, Any]:
+    """What a rule of ``exclude`` can name; ``calibration`` is the source, ``template`` that of the calibration."""
+    spec = dict(cell.calibration or {})
+    named = {"model": cell.model, "dtype": cell.dtype, "method": cell.method, "backend": cell.backend}
+    return {**spec, "calibration": spec.get("source"), **cell.params, **named}
 
 
 def excluded(config: SweepConfig, facts: dict[str, Any]) -> list[int]:
@@ -189,7 +198,7 @@ def _expand_model(
                 cell = Cell(
                     **base, method=block.method, params=params, backend=backend, calibration=spec, calibration_digest=digest
                 )
-                if fits := excluded(config, {**base, **(spec or {}), **params, "method": block.method, "backend": backend}):
+                if fits := excluded(config, facts(cell)):
                     grid.used.update(fits)
                     continue
                 if reason:

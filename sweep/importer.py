@@ -93,11 +93,13 @@ def import_table(file: str | Path, results_uri: str | Path, format: str) -> int:
         raise BadInput("the table has no rows", where=str(file))
     parse = _sheet_row if format == "comp-trust-sheet" else _perplexity_row
     _check_columns(str(file), rows[0][1], format)
-    record = Record(results_uri)
+    from .launch import check_writable
+
+    parsed_rows = [parse(f"{file}:{line}", row) for line, row in rows]  # all or none
+    check_writable(record := Record(results_uri))
     seen: Counter[str] = Counter()
     now = dt.datetime.now(dt.UTC)
-    for line, row in rows:
-        parsed = parse(f"{file}:{line}", row)
+    for (_, row), parsed in zip(rows, parsed_rows, strict=True):
         identity = digest({"published": format, "row": row})
         seen[identity] += 1
         key = digest({"published": identity, "occurrence": seen[identity]})

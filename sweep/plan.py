@@ -9,8 +9,8 @@ from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.record import Record
 from .config import SweepConfig
-from .grid import checked, excluded, expand, held, uninstalled
-from .names import of_cells
+from .grid import checked, default_dtype, excluded, expand, facts, held, uninstalled
+from .names import distinct, of_cells
 
 if TYPE_CHECKING:
     from ..actors.evaluate.run import EvaluationPlan
@@ -114,6 +114,7 @@ def _answer(
 def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
     """A plan for models that cannot be reached from here: cells counted without keys, sizes read from the names (``13b``)."""
     from ..actors import compress
+    from ..actors.actor import cell_row
     from ..actors.compress import backends
     from ..actors.evaluate.data import load_pack
     from ..actors.evaluate.run import plan_evaluation
@@ -125,33 +126,29 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
     for model in config.models:
         size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", model.id.lower())
         params = int(float(size[1]) * 1e9) if size else None
-        mine = [{"key": None, "model": model.id, "cell": "dense", "done": False}]
+        base = {"model": model.id, "revision": "", "dtype": model.dtype or default_dtype(), "suite": config.evaluation.suite}
+        mine = [Cell(**base, method="dense")]
         seconds = _seconds("dense", 0, params or 0, 2, prompt, evaluation.new_tokens)
         for block, combinations in blocks:
             if block.method == "dense":
                 continue
-            if block.backend == "comptrust":
-                needs = compress.METHODS[block.method].needs_calibration
+            backend = block.backend
+            if backend == "comptrust":
+                backend, needs = compress.METHODS[block.method].backend, compress.METHODS[block.method].needs_calibration
             else:
-                needs = backends.needs_calibration(block.backend, block.method)
+                needs = backends.needs_calibration(backend, block.method)
             axes = config.calibrations(block) if needs else [None]
             for filled in combinations:
                 for c in axes:
-                    facts = {
-                        **(c.model_dump() if c else {}),
-                        **filled,
-                        "model": model.id,
-                        "method": block.method,
-                        "backend": block.backend,
-                    }
-                    if excluded(config, facts):
+                    spec = c.model_dump(mode="json") if c else None
+                    cell = Cell(**base, method=block.method, params=filled, backend=backend, calibration=spec)
+                    if excluded(config, facts(cell)):
                         continue
                     tokens = c.samples * c.seqlen if c else 0
-                    cell = Cell(model=model.id, revision="", method=block.method, params=filled)
-                    seed = f" seed {c.seed}" if c else ""
-                    mine.append({"key": None, "model": model.id, "cell": cell.label + seed, "done": False})
+                    mine.append(cell)
                     seconds += _seconds(block.method, tokens, params or 0, 2, prompt, evaluation.new_tokens)
-        cells += mine
+        names = distinct([cell_row(c) for c in mine], [c.label for c in mine])
+        cells += [{"key": None, "model": model.id, "cell": name, "done": False} for name in names]
         per_model.append(_row(model.id, None, model.dtype, params, len(mine), 0, seconds if params else None, 2, config))
     return _answer(
         config,

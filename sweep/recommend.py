@@ -8,8 +8,8 @@ which is how a smoke suite usually ends. Cells with an invalid dimension never q
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class Choice:
     reasons: list[str]
     would_change: list[str]
     candidates: list[Candidate]
+    evaluation: str  # digest: which questions, of which data
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,15 @@ def recommend(
     _check_limits(limits)
     e = effects or Effects(results)
     chosen = {r["key"] for r in _chosen(results, where)} if where else set(e.rows)
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Candidate]] = {}
     for row in e.rows.values():
         compared = row["method"] != "dense" and e.dense(row["key"]) is not None
         if compared and row["key"] in chosen and (model is None or row["model"] == model):
-            groups.setdefault((row["model"], row["suite"]), []).append(row)
+            groups.setdefault((row["model"], row["suite"], row["evaluation"] or ""), []).append(_candidate(e, row, limits))
     if not groups:
         _explain_nothing(e, model)
-    choices = [_choose(e, rows, limits) for _, rows in sorted(groups.items())]
+    shown = _shown_elsewhere(e, [c for group in groups.values() for c in group])
+    choices = [_choose(e, [_with_shown(c, e, shown) for c in group], limits) for _, group in sorted(groups.items())]
     best = _best(choices)
     rules = _rules(e)
     summary = _summary(choices, best, limits)
@@ -354,13 +356,13 @@ def _excess(c: Candidate) -> float:
     return math.inf if b is None else b.upper if b.upper is not None else b.drop
 
 
-def _choose(e: Effects, rows: Sequence[Row], limits: Limits) -> Choice:
-    candidates = sorted((_candidate(e, r, limits) for r in rows), key=_order)
+def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
+    candidates = sorted(cells, key=_order)
     good = [c for c in candidates if c.status == QUALIFIES]
     open_ = [c for c in candidates if c.status == UNDECIDED]
     others = [c for c in candidates if c.status != QUALIFIES]
-    suite = rows[0]["suite"]
-    model = rows[0]["model"]
+    row = e.rows[candidates[0].key]
+    model, suite, evaluation = row["model"], row["suite"], row["evaluation"] or ""
     if good:
         first, second = good[0], good[1] if len(good) > 1 else None
         reasons = [f"{first.cell} is the smallest of {len(good)} qualifying cells ({_size(first)})", *first.reasons]
@@ -381,6 +383,7 @@ def _choose(e: Effects, rows: Sequence[Row], limits: Limits) -> Choice:
             reasons,
             [c for c in change if c],
             candidates,
+            evaluation,
         )
     nearest = min(
         (c for c in others if c.status != INVALID), key=lambda c: (c.status == FAILS, _excess(c), _order(c)), default=None
@@ -394,18 +397,33 @@ def _choose(e: Effects, rows: Sequence[Row], limits: Limits) -> Choice:
     else:
         silent = sum(c.status == INVALID for c in candidates)
         reasons = [f"{silent} cells are invalid (most answers of a dimension are silence), {len(candidates) - silent} fail"]
-        reasons += _dense_silence(e, rows)
+        reasons += _dense_silence(e, row)
         verdict = NONE
     if nearest:
         reasons.append(f"nearest: {nearest.cell}: {'; '.join(nearest.reasons[:2])}")
     close = [c for c in candidates if c.status == UNDECIDED and _excess(c) <= 4 * limits["max_drop"]]
     change = [w for c in sorted(close, key=_excess)[:3] if (w := _would_admit(c, limits))]
-    return Choice(model, suite, verdict, None, None, nearest.key if nearest else None, reasons, change, candidates)
+    return Choice(model, suite, verdict, None, None, nearest.key if nearest else None, reasons, change, candidates, evaluation)
 
 
-def _dense_silence(e: Effects, rows: Sequence[Row]) -> list[str]:
+def _shown_elsewhere(e: Effects, cells: Sequence[Candidate]) -> dict[str, Candidate]:
+    """Artefact -> the cell in which its weights are shown to drop too far; other evaluations of the same weights share it."""
+    return {e.rows[c.key]["artifact_key"]: c for c in cells if any(x.status == FAILS for x in c.checks)}
+
+
+def _with_shown(c: Candidate, e: Effects, shown: Mapping[str, Candidate]) -> Candidate:
+    """A drop that another evaluation shows of the same weights is shown: what qualifies by these questions fails all the same."""
+    found = shown.get(e.rows[c.key]["artifact_key"])
+    if c.status not in (QUALIFIES, UNDECIDED) or found is None:
+        return c
+    drop = max((x for x in found.checks if x.status == FAILS), key=lambda x: x.drop)
+    reason = f"the same weights fail in suite {found.suite} ({found.key[:8]}): {drop.dimension} drops {drop.drop:.1f} points"
+    return replace(c, status=FAILS, reasons=[reason, *c.reasons])
+
+
+def _dense_silence(e: Effects, row: Row) -> list[str]:
     """What no compressed cell can repair."""
-    dense = e.dense(rows[0]["key"])
+    dense = e.dense(row["key"])
     silent = [d for d in DIMENSIONS if not dense[f"{d}_valid"] and dense[f"{d}_refusal"] is not None]
     if not silent:
         return []
@@ -560,7 +578,8 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
         console.print(f"[yellow]alarm[/] {escape(warning)}")
     for choice in found.choices:
         rows = [_line(c) for c in choice.candidates[:limit]]
-        console.print(filled_table(_COLUMNS, rows, title=escape(f"{choice.model}, {choice.suite}"), title_justify="left"))
+        title = f"{choice.model}, {evaluation_of(choice, found.choices)}"
+        console.print(filled_table(_COLUMNS, rows, title=escape(title), title_justify="left"))
         if len(choice.candidates) > limit:
             console.print(f"... and {len(choice.candidates) - limit} more, see --format json")
         for reason in choice.reasons:
@@ -607,6 +626,12 @@ def _line(c: Candidate) -> list[str]:
 
 def _show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def evaluation_of(choice: Choice, choices: Sequence[Choice]) -> str:
+    """The suite; with the digest where one model has several evaluations of that suite."""
+    twice = sum((c.model, c.suite) == (choice.model, choice.suite) for c in choices) > 1
+    return f"{choice.suite} {choice.evaluation[:8]}" if twice else choice.suite
 
 
 def _some(keys: Sequence[str]) -> str:

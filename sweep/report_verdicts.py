@@ -10,7 +10,7 @@ from typing import Any
 from .alarms import WARNING, Alarm
 from .claims import FAILS, HOLDS, UNDECIDED, Claims
 from .effects import Effects
-from .recommend import NONE, QUALIFIES, RECOMMENDED, Candidate, Choice, Recommendation
+from .recommend import NONE, QUALIFIES, RECOMMENDED, Candidate, Choice, Recommendation, evaluation_of
 from .report_data import LEVEL, NAMES, Row, mark
 
 #: Candidates listed below an answer; the heatmap holds them all.
@@ -157,7 +157,7 @@ def recommendation(found: Recommendation | None, cells: Mapping[str, Place]) -> 
     """The answer for the recommended base model, then for the others. ``cells``: by key."""
     if found is None:
         return None
-    several = len({c.suite for c in found.choices}) > 1
+    several = len({c.evaluation for c in found.choices}) > 1
     order = [RECOMMENDED, UNDECIDED, NONE]
     choices = sorted(found.choices, key=lambda c: (c.cell is None or c.cell != found.cell, order.index(c.verdict)))
 
@@ -166,7 +166,7 @@ def recommendation(found: Recommendation | None, cells: Mapping[str, Place]) -> 
 
     def card(c: Choice) -> dict[str, Any]:
         return {
-            "model": f"{c.model} ({c.suite})" if several else c.model,
+            "model": f"{c.model} ({evaluation_of(c, found.choices)})" if several else c.model,
             "verdict": c.verdict if c.verdict != NONE else "none qualifies",
             "tone": {RECOMMENDED: "yes", UNDECIDED: "unsure", NONE: "no"}[c.verdict],
             "headline": {UNDECIDED: "Not decided by these answers"}.get(c.verdict, "No cell qualifies"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..actors.errors import BadInput
 from ..actors.record import DIVERGENCE, UTILITY, Record, to_table
-from .results import Results, load_results
+from .results import Results, _generation_keys, load_results
 
 Row = dict[str, Any]
 Question = tuple[str, str, int]  # dimension, item, sample
@@ -19,8 +19,8 @@ def rescore(uri: str) -> tuple[int, int]:
     """(cells rescored, answers judged otherwise than before). Outcome and score of every item, all metrics and flips are written
     again; what needs the model (perplexity, KL divergence, lm_eval tasks) stays as measured.
 
-    Cells without items (published tables) are left alone. Compacted cells become parts again: run ``compact`` after. Interrupted,
-    it may be repeated. ``BadInput`` where only hashes of text were kept.
+    Cells without items (published tables) keep what they have. Compacted cells become parts again: run ``compact`` after.
+    Interrupted, it may be repeated. ``BadInput`` where only hashes of text were kept.
     """
     results = load_results(uri)
     if results.rows("select 1 as x from items where text is null and text_sha is not null limit 1"):
@@ -45,11 +45,14 @@ def rescore(uri: str) -> tuple[int, int]:
             if differ:
                 _correct_reference(results.record, cell["key"], stored, items)
         metrics = _metrics(results, cell, items, dense.get(cell["dense_key"]))
-        _write(results, cell["key"], items, metrics)
+        results.record.put_table(f"items/{cell['key']}.parquet", to_table("items", items))
+        results.record.put_table(
+            f"metrics/{cell['key']}.parquet", to_table("metrics", [{**m, "key": cell["key"]} for m in metrics])
+        )
     if results.generations:
-        for cell in results.rows("select key from cells where key not in (select key from items)"):
-            _write_absent(results, cell["key"], ("layers", "items", "metrics", "cells"))
-        # Parts now hold every cell; the old generations would shadow them.
+        # The old generations would shadow the parts, which must hold every cell before these go.
+        for key in sorted(_generation_keys(results.record, results.generations)):
+            _complete(results, key)
         for name in ("cells", "metrics", "items", "layers", "wide"):
             for gen in results.generations:
                 results.record.delete(f"compact/{name}/{gen}.parquet")
@@ -110,16 +113,9 @@ def _correct_reference(record: Record, key: str, stored: Sequence[Row], items: S
         record.put_tensors(path, {**tensors, "outcomes": encode_outcomes(items)})
 
 
-def _write(results: Results, key: str, items: Sequence[Row], metrics: Sequence[Row]) -> None:
-    record = results.record
-    record.put_table(f"items/{key}.parquet", to_table("items", items))
-    record.put_table(f"metrics/{key}.parquet", to_table("metrics", [{**m, "key": key} for m in metrics]))
-    _write_absent(results, key, ("layers", "cells"))
-
-
-def _write_absent(results: Results, key: str, names: Sequence[str]) -> None:
-    """Parts that a compacted cell does not have, the mark last."""
-    for name in names:
+def _complete(results: Results, key: str) -> None:
+    """Write those parts of a compacted cell that there are not, the mark last."""
+    for name in ("layers", "items", "metrics", "cells"):
         if results.record.get_table(f"{name}/{key}.parquet") is None:
             table = results.sql(f"select * from {name} where key = ?", [key])
             results.record.put_table(f"{name}/{key}.parquet", to_table(name, table.to_pylist()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +37,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, value in rows[0].items():
-        numeric = all(isinstance(r[name], int | float | type(None)) and not isinstance(r[name], bool) for r in rows)
+        numeric = all(isinstance(r[name], int | float | Decimal | type(None)) and not isinstance(r[name], bool) for r in rows)
         table.add_column(name, justify="right" if numeric and value is not None else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_text(v)) for v in row.values()))

@@ -34,7 +34,7 @@ def sync(uri: str) -> str:
         folder = uri if "://" not in uri else os.path.join("results", config.name)
         publisher = Publisher(config, sweep["id"], os.path.abspath(folder))
         publisher.open()
-        for key in sweep["keys"]:
+        for key in [k for form in [sweep, *sweep.get("earlier", [])] for k in form["keys"]]:
             if key in cells:
                 items = results.items([key]).to_pylist() if config.wandb.items else None
                 publisher.cell({**cells[key], "metrics": metrics[key]}, items)

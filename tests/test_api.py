@@ -130,3 +130,19 @@ def test_a_full_folder_is_refused_before_the_cell_is_looked_up(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(BadInput, match="not an empty directory"):
         export_cell(str(tmp_path / "no record"), "abc", tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, monkeypatch):
+    from comptrust.actors import models
+
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with pytest.raises(BadInput, match=r"-o: cannot write .*file/out: Not a directory. Give a directory that can be made"):
+        comptrust.compress(str(folder / "dense"), "rtn", {"bits": 4, "group_size": 32}, tmp_path / "file" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_place_of_a_model_that_is_not_there(folder):
+    for model, dense, where in (("./none", None, "MODEL"), (str(folder / "dense"), "./none", "--dense")):
+        with pytest.raises(BadInput, match=f"^{where}: no model './none'"):
+            comptrust.evaluate(model, EVALUATION, dense=dense)

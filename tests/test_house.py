@@ -128,6 +128,18 @@ def test_help_teaches_every_command():
         assert verb in done.stdout
 
 
+def test_every_argument_and_option_says_what_it_is():
+    from comptrust.sweep.cli import app
+    from typer.main import get_command
+
+    commands = [("", get_command(app))]
+    silent = []
+    for name, command in commands:
+        commands += [(f"{name} {n}", c) for n, c in getattr(command, "commands", {}).items()]
+        silent += [f"{name} {p.name}" for p in command.params if not getattr(p, "help", None)]
+    assert len(commands) > 20 and silent == []
+
+
 def test_package_lists_match_the_folders():
     import tomllib
 

@@ -167,7 +167,8 @@ def _known(name: str, where: str) -> None:
     if name == ENGINE:
         raise BadInput("'vllm' answers, it does not compress", where=where, fix="Write evaluation: {engine: vllm}")
     if name not in BACKENDS:
-        raise BadInput(f"unknown backend {name!r}", where=where, fix=f"One of: {', '.join(BACKENDS)}")
+        names = [*BACKENDS, ENGINE] if where == "backends install" else BACKENDS
+        raise BadInput(f"unknown backend {name!r}", where=where, fix=f"One of: {', '.join(names)}")
 
 
 # --- environments ------------------------------------------------------------------------------------------------------------

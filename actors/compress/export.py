@@ -51,10 +51,15 @@ class Exported(NamedTuple):
 
 
 def check_output(out_dir: Path | str) -> Path:
-    """BadInput if there is something in ``out_dir``; ask before the long work."""
+    """BadInput if there is something in ``out_dir``, or it cannot be made; ask before the long work."""
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and is not an empty directory", where="-o", fix="Give a new directory")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise BadInput(f"{out} exists and is not an empty directory", where="-o", fix="Give a new directory")
+        with tempfile.TemporaryDirectory(dir=next(p for p in out.absolute().parents if p.exists())):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write {out}: {error.strerror}", where="-o", fix="Give a directory that can be made") from error
     return out
 
 

@@ -108,7 +108,8 @@ def write_cell(record: Record, method: str, items: Mapping[str, Sequence[dict[st
         "finished_at": NOW,
         **columns,
     }
-    cell["key"] = cell["artifact_key"] = digest({k: str(v) for k, v in cell.items()})
+    cell["key"] = digest({k: str(v) for k, v in cell.items()})
+    cell.setdefault("artifact_key", cell["key"])
     metrics = [
         m._asdict()
         for d, rows in items.items()

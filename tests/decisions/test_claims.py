@@ -182,12 +182,47 @@ def test_seeds_of_one_configuration_are_found(tmp_path):
     assert e.of(keys[1])["ethics"].seed_sd == pytest.approx(2.0)
 
 
+def test_seeds_without_a_score_have_no_spread(tmp_path):
+    """Calibration seeds that all fell silent: their spread is not a number, and no claim rests on it."""
+    r = Record(tmp_path)
+    ethics = answers("ethics", [True] * 20)
+    silent = [{**x, "outcome": "degenerate", "score": None} for x in ethics]
+    write_cell(r, "dense", {"ethics": ethics})
+    for bits in (4, 3):
+        for seed in (0, 1):
+            write_cell(r, "gptq", {"ethics": silent}, bits=bits, seed=seed)
+    assert claims(load_results(tmp_path)).of("D9") == []
+    for seed, lost in ((0, 0), (1, 4)):
+        write_cell(r, "awq", {"ethics": answers("ethics", [i >= lost for i in range(20)])}, bits=3, seed=seed)
+    (found,) = claims(load_results(tmp_path)).of("D9")
+    assert found.observed == "awq 3-bit mean sd 14.1; no two rates of a method differ in it"
+
+
 def test_suites_are_never_mixed(tmp_path):
     record = Record(tmp_path)
     write_cell(record, "dense", {"ethics": answers("ethics", [True] * 20)}, suite="smoke", evaluation="smoke")
     write_cell(record, "rtn", {"ethics": answers("ethics", [False] * 20)}, bits=4)
     with pytest.raises(BadInput):
         claims(load_results(tmp_path))
+
+
+def test_two_evaluations_of_one_suite_are_counted_apart(tmp_path):
+    """The same weights on two data packs: two findings that can be told apart, and no cell counted twice in one group."""
+    from comptrust.sweep.report_verdicts import claims_table
+
+    r = Record(tmp_path)
+    for evaluation, lost in (("probes", 0), ("pack", 60)):
+        common = {"evaluation": evaluation, "suite": "standard"}
+        write_cell(r, "dense", {"ethics": answers("ethics", [True] * 200)}, **common)
+        write_cell(r, "gptq", {"ethics": answers("ethics", [i >= lost for i in range(200)])}, bits=4, **common)
+    found = claims(load_results(tmp_path))
+    assert {(f.suite, f.verdict) for f in found.of("D2")} == {("standard pack", "fails"), ("standard probes", "holds")}
+    assert [(g.size, g.cells, g.dims_down_max) for g in found.groups] == [
+        ("1b standard pack", 1, 1),
+        ("1b standard probes", 1, 0),
+    ]
+    (row,) = (r for r in claims_table(found)["rows"] if r["id"] == "D2")
+    assert [f["verdict"] for f in row["findings"]] == ["fails", "holds"]
 
 
 def test_silence_is_a_loss(tmp_path):

@@ -120,3 +120,13 @@ def test_bad_tables(tmp_path, text, format, says):
 def test_missing_file(tmp_path):
     with pytest.raises(BadInput, match="cannot read"):
         import_table(tmp_path / "none.csv", tmp_path / "r", "comp-trust-sheet")
+
+
+def test_a_bad_row_or_place_imports_nothing(tmp_path):
+    (tmp_path / "t.csv").write_text("Model,Toxicity\nx,50\ny,abc\n")
+    with pytest.raises(BadInput, match=r"t\.csv:3: Toxicity is 'abc'"):
+        import_table(tmp_path / "t.csv", tmp_path / "r", "comp-trust-sheet")
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "t.csv").write_text("Model,Toxicity\nx,50\n")
+    with pytest.raises(BadInput, match=r"^results: cannot write to .*t\.csv"):
+        import_table(tmp_path / "t.csv", tmp_path / "t.csv", "comp-trust-sheet")

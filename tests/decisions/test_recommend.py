@@ -100,6 +100,26 @@ def test_a_silent_dense_model_is_named(tmp_path):
     assert "dense model itself has no valid score in ethics" in recommend(load_results(tmp_path)).summary
 
 
+def test_a_drop_that_another_evaluation_shows_is_no_release(tmp_path):
+    """Two data packs under one suite: the probes see nothing in weights that lose 30 points on the real questions."""
+    r = Record(tmp_path)
+    for evaluation, lost in (("probes", 0), ("pack", 60)):
+        common = {"evaluation": evaluation, "suite": "standard"}
+        write_cell(r, "dense", {"ethics": answers("ethics", [True] * 200)}, size_bytes=100, **common)
+        worse = {"ethics": answers("ethics", [i >= lost for i in range(200)])}
+        write_cell(r, "gptq", worse, artifact_key="w4", bits=4, size_bytes=50, **common)
+        write_cell(r, "gptq", {"ethics": answers("ethics", [True] * 200)}, artifact_key="w8", bits=8, size_bytes=80, **common)
+    found = recommend(load_results(tmp_path))
+    assert [(c.model, c.suite, c.evaluation) for c in found.choices] == [
+        ("acme/lm-1b", "standard", "pack"), ("acme/lm-1b", "standard", "probes"),
+    ]  # fmt: skip
+    for choice in found.choices:
+        four, eight = choice.candidates
+        assert (four.status, eight.status, choice.cell) == ("fails", "qualifies", eight.key)
+    assert "the same weights fail in suite standard" in found.choices[1].candidates[0].reasons[0]
+    assert "ethics drops 30.0 points" in found.choices[1].candidates[0].reasons[0]
+
+
 def test_what_was_not_evaluated_is_said(tmp_path):
     results, _ = record(tmp_path, 1000, [(cell(8, 8000), 0)])
     found = recommend(results)

@@ -76,6 +76,7 @@ def test_bad_values_name_value_place_and_fix(override, message):
         ("models=[package:no-such-wheel]", r"models\[0\].id: .*no-such-wheel"),
         ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
         ("calibration.samples=1", r"calibration.samples: gptq 4 .* needs \d+ calibration tokens, samples x seqlen gives 64"),
+        ("exclude=[{}]", r"exclude\[0\]: an empty rule fits every cell"),
         ("exclude=[{bit: 3}]", r"exclude\[0\].bit: unknown field 'bit'. Did you mean 'bits'"),
         ("exclude=[{method: [rtn, gtpq]}]", r"exclude\[0\].method: unknown method 'gtpq'. Did you mean 'gptq'"),
     ],
@@ -85,6 +86,13 @@ def test_values_that_only_methods_and_models_know(tiny, tmp_path, override, mess
     config["methods"] = [*config["methods"], *[{"method": "magnitude", "pattern": "2:4"}] * 2][:6]
     with pytest.raises(BadInput, match=message):
         expand(load_config(config, [override]))
+
+
+def test_a_sweep_that_is_no_text_is_bad_input(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"s.yaml: cannot read: 'utf-8' codec.* Give a UTF-8 YAML file"):
+        load_config(path)
 
 
 def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
@@ -104,6 +112,22 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert grid.notes == []
     config["exclude"].append({"method": "rtn", "bits": 3})
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
+
+
+def test_cells_are_excluded_by_their_calibration(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One two three. " * 2000)
+    config = sweep_dict([tiny], tmp_path)
+    block = {"method": "gptq", "bits": [4, 3], "group_size": 32}
+    config["methods"] = [block, {**block, "calibration": {"source": str(text), "samples": 2, "seqlen": 64}}]
+    config["exclude"] = [{"calibration": "builtin", "bits": 3}]
+    grid = expand(load_config(config))
+    assert [(c.params["bits"], c.calibration["source"]) for c in grid.cells[1:]] == [
+        (4, "builtin"),
+        (4, str(text)),
+        (3, str(text)),
+    ]
+    assert grid.notes == []
 
 
 def test_cells_of_a_plan_have_names_of_their_own(tiny, tmp_path):
@@ -181,8 +205,11 @@ def test_plan_counts_cells_of_a_model_on_a_hub_out_of_reach(tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     config = sweep_dict(["nobody/nothing-7b"], tmp_path)
     config["methods"].append({"method": "awq", "backend": "autoawq", "clip": [True, False]})
+    config["exclude"] = [{"dtype": "float32", "method": "magnitude"}]
     found = plan(load_config(config))
-    assert found["cells"] == 10 and found["models"][0]["parameters"] == 7e9
+    assert found["cells"] == 9 and found["models"][0]["parameters"] == 7e9
+    names = [c["cell"] for c in found["list"]]
+    assert len(set(names)) == 9 and "gptq 4 g32 damping 0.05" in names
     assert "the hub cannot be reached" in found["note"] and "cells have no keys yet" in found["note"]
 
 

@@ -10,6 +10,7 @@ import pytest
 from comptrust.actors import record as record_module
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import CELLS, Record, to_table
+from comptrust.sweep.cli import Format, query
 from comptrust.sweep.results import compact, load_results
 
 
@@ -200,6 +201,17 @@ def test_sql_cannot_read_or_write_elsewhere(record, tmp_path):
         with pytest.raises(BadInput, match="SQL"):
             results.rows(sql)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_query_answers_in_json_numbers(record, capsys):
+    """What SQL gives as a decimal (a sum of integers, above all) is a number; what is none (infinite, not a number) is null."""
+    for key, bits in (("k1", 4), ("k2", 3)):
+        commit(record, key, bits=bits)
+    sql = "select sum(bits) as sum, avg(bits) as mean, 0.5 as half, 1e0 / 0 as far, corr(bits, 0) as none, [1.5] as list from results"
+    query(record.uri, sql, Format.json)
+    assert json.loads(capsys.readouterr().out) == [
+        {"sum": 7, "mean": 3.5, "half": 0.5, "far": None, "none": None, "list": [1.5]}
+    ]
 
 
 def test_key_prefix(record):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 
+import comptrust
 import pytest
 from comptrust.actors.actor import Worker, WorkerConfig, cell_row, dense_of
 from comptrust.actors.calibration import CalibrationConfig
@@ -149,19 +151,24 @@ def test_rescore_leaves_published_tables_alone(computed, tmp_path):
     assert rescore(str(tmp_path)) == (0, 0) and record.get("metrics/published.parquet") == before
 
 
-def test_rescore_of_a_compacted_record_keeps_cells_without_items(computed, tmp_path):
-    """The compacted generation goes, and with it went every cell of which no part had been written."""
-    record, key = Record(tmp_path), computed[1][0]["key"]
-    for name in ("cells", "metrics", "items", "layers"):
-        table = Record(computed[0]).get_table(f"{name}/{key}.parquet")
-        record.put_table(f"{name}/{key}.parquet", table)
-        found = [{**r, "key": "published"} for r in table.to_pylist()] if name in ("cells", "metrics") else []
-        record.put_table(f"{name}/published.parquet", to_table(name, found))
+def test_rescore_of_a_compacted_record_loses_no_cell_without_items(grid, computed, tmp_path):
+    """A cell that asks nothing but perplexity, and a published row, stand in the generation that rescoring replaces."""
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    record = Record(folder)
+    for key, status in (("perplexity-alone", "done"), ("published", "published")):
+        for name in ("cells", "metrics", "items", "layers"):
+            table = record.get_table(f"{name}/{grid[1][1].key}.parquet").to_pylist()
+            changed = [{**row, "key": key, **({"status": status} if name == "cells" else {})} for row in table]
+            record.put_table(f"{name}/{key}.parquet", to_table(name, changed if name in ("cells", "metrics") else []))
+    compact(folder)
     tables = [f"select * from {t} order by all" for t in ("metrics", "items", "cells", "layers")]
-    before = [rows(tmp_path, t) for t in tables]
-    compact(tmp_path)
-    assert rescore(str(tmp_path)) == (1, 0)
-    assert [rows(tmp_path, t) for t in tables] == before
+    before = [rows(folder, t) for t in tables]
+    assert rescore(str(folder)) == (4, 0)
+    assert [rows(folder, t) for t in tables] == before
+    assert record.done() == {c.key for c in grid[1]} | {"perplexity-alone", "published"}
 
 
 def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
@@ -286,3 +293,68 @@ def test_only_the_seed_of_a_calibration_makes_two_cells_one_configuration(knob):
     one = config_of(row(source=source, **knob))
     assert one == config_of(row(source=source, **knob, seed=5)) != config_of(row(source=source))
     assert row(source="a.txt")["calibration"] == "a.txt"
+
+
+def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monkeypatch):
+    """Of a sweep whose other model is gone, of a model with .bin weights that the sweep allows, beside another data pack."""
+    import shutil
+
+    import torch
+    from comptrust.sweep.export import export_cell
+    from comptrust.sweep.launch import register
+    from safetensors.torch import load_file
+
+    other, mine = shutil.copytree(tiny_pair[1], tmp_path / "other"), shutil.copytree(tiny, tmp_path / "mine")
+    weights = load_file(mine / "model.safetensors")
+    torch.save(weights, mine / "pytorch_model.bin")
+    (mine / "model.safetensors").unlink()
+    written = sweep_dict([other], tmp_path / "record")
+    written["models"].append({"id": str(mine), "allow_bin": True})
+    written["methods"] = [{"method": "magnitude", "pattern": "2:4"}]
+    config = load_config(written)
+    found = expand(config)
+    cell = next(c for c in found.cells if c.model == str(mine) and c.method == "magnitude")
+    record = Record(config.results)
+    register(record, config, found)
+    record.commit(cell_row(cell, status="done", attempts=1), [], [])
+
+    shutil.rmtree(other)
+    pack = tmp_path / "pack"
+    shutil.copytree(Path(comptrust.__file__).parent / "actors" / "data" / "probes", pack)
+    (pack / "stereotype.jsonl").write_text("\n".join((pack / "stereotype.jsonl").read_text().splitlines()[:48]) + "\n")
+    monkeypatch.setenv("COMPTRUST_DATA", str(pack))
+    export_cell(str(tmp_path / "record"), cell.key[:8], tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = out[name] != 0
+    assert kept.float().mean() == 0.5 and torch.equal(out[name][kept], weights[name][kept])
+    assert cell.key in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_sync_publishes_cells_that_the_sweep_no_longer_lists(grid, computed, tmp_path, monkeypatch):
+    import shutil
+
+    from comptrust.sweep import sync
+    from comptrust.sweep.grid import Grid
+    from comptrust.sweep.launch import register
+
+    seen = []
+
+    class Fake:
+        def __init__(self, *args):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args: []
+
+        def cell(self, row, items):
+            seen.append(row["key"])
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    config, cells = grid
+    for some in (cells, cells[:2]):
+        register(Record(folder), config, Grid(some, [], None))
+    monkeypatch.setattr(sync, "Publisher", Fake)
+    assert sync.sync(str(folder)).startswith("4 cells of 1 sweep(s)")
+    assert sorted(seen) == sorted(c.key for c in cells)
