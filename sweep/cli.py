@@ -9,11 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..actors.errors import BadInput, CellError
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would end without a word
+            print("interrupted; the same command goes on", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="comptrust",
+    cls=_Commands,
     help="Which compressed version of an LLM is safe to deploy: compress a grid, measure eight trust dimensions, ask for the frontier.",
     epilog="Start here: comptrust run quickstart, then comptrust pareto results/quickstart --min size_bytes --min perplexity. "
     "Exit codes: 0 done, 1 some cells failed, 2 bad input (nothing started), 130 interrupted (the same command goes on).",
@@ -447,6 +459,3 @@ def main() -> None:
     except CellError as e:
         print(f"failed: {e}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)

@@ -449,7 +449,8 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
     from .effects import label
     from .names import distinct
 
-    shown = frontier.rows(frontier_only=True)[:limit]
+    best = frontier.maximise[0] if frontier.maximise else frontier.minimise[0]
+    shown = sorted(frontier.rows(frontier_only=True), key=lambda r: r[best], reverse=bool(frontier.maximise))[:limit]
     keys = [r["key"] for r in shown]
     cells = {
         r["key"]: r
@@ -459,11 +460,11 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
         )
     }
     names = dict(zip(cells, distinct(list(cells.values()), [label(c) for c in cells.values()]), strict=True))
-    best = frontier.maximise[0] if frontier.maximise else frontier.minimise[0]
-    shown.sort(key=lambda r: r[best], reverse=bool(frontier.maximise))
+    found = int(frontier.on_frontier.sum())
     total, complete = len(frontier.keys), int((~np.isnan(frontier.values).any(axis=1)).sum())
     table = Table(
-        title=f"Frontier: {int(frontier.on_frontier.sum())} of {total} cells", caption=_caption(frontier, total - complete)
+        title=f"Frontier: {found} of {total} cells" + (f", the first {limit} by {best}" if found > limit else ""),
+        caption=_caption(frontier, total - complete),
     )
     table.add_column("cell", no_wrap=True)
     table.add_column("model")

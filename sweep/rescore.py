@@ -22,7 +22,10 @@ def rescore(uri: str) -> tuple[int, int]:
     Cells without items (published tables) keep what they have. Compacted cells become parts again: run ``compact`` after.
     Interrupted, it may be repeated. ``BadInput`` where only hashes of text were kept.
     """
+    from .launch import check_writable
+
     results = load_results(uri)
+    check_writable(results.record)
     if results.rows("select 1 as x from items where text is null and text_sha is not null limit 1"):
         raise BadInput(
             "only hashes of the answers were kept (evaluation.keep_text: false)",

@@ -278,8 +278,10 @@ def compact(uri: str | Path) -> tuple[int, int]:
     The generation's ``cells`` file is written last and is its commit mark; a crash before it changes nothing, one after it leaves
     parts that readers know to be read already and that the next ``compact`` removes.
     """
-    record = Record(uri)
+    from .launch import check_writable
+
     results = load_results(uri)
+    check_writable(record := results.record)
     merged = len(results._keys)
     old = list(results.generations)
     removed = 0

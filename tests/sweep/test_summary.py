@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 
+import pytest
 from comptrust.sweep.summary import print_rows
 from rich.console import Console
 
@@ -22,3 +24,42 @@ def test_rows_wider_than_the_terminal_stand_as_blocks():
     assert "1 of 2" in wide and "2 of 2" in wide
     lines = [line.split() for line in wide.splitlines()]
     assert ["column_3", "4.5"] in lines and ["column_29", "[red]x"] in lines
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    from comptrust.sweep import cli, status
+
+    def interrupted(results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "status", interrupted)
+    monkeypatch.setattr(sys, "argv", ["comptrust", "status", "results/x"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_a_long_frontier_shows_its_best(tmp_path):
+    from comptrust.actors.record import Record
+    from comptrust.sweep.frontier import pareto, render_frontier
+    from comptrust.sweep.results import load_results
+
+    record = Record(tmp_path)
+    for i in range(50):
+        cell = {"key": f"{i:024d}", "model": "m", "method": "rtn", "status": "done", "size_bytes": 1000 + i, "params": {}}
+        metric = {
+            "convention": "comptrust",
+            "dimension": "utility",
+            "scenario": "",
+            "metric": "perplexity",
+            "value": 100.0 - i,
+            "n": 1,
+        }
+        record.commit(cell, [metric], [])
+    results = load_results(tmp_path)
+    console = Console(file=io.StringIO(), width=120)
+    found = pareto(results, minimise=["perplexity", "size_bytes"], maximise=[], probability=False)
+    render_frontier(found, results, console)
+    text = console.file.getvalue()
+    assert "Frontier: 50 of 50 cells, the first 40 by perplexity" in " ".join(text.split())
+    assert " 51 " in text and " 100 " not in text.split("Frontier")[1].split("(up)")[0]
