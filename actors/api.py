@@ -8,6 +8,7 @@ from typing import Any
 
 from .cell import Cell
 from .errors import BadInput
+from .validation import validate
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,15 +33,7 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
 
 
 def _config(schema: Any, values: Mapping[str, Any] | None, where: str) -> Any:
-    """``schema`` from ``values``; its first complaint as ``BadInput`` with path and value."""
-    from pydantic import ValidationError
-
-    try:
-        return schema(**_mapping(values, where))
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        path = ".".join(map(str, (where, *first["loc"])))
-        raise BadInput(f"{first['msg'].removeprefix('Value error, ')} (got {first['input']!r})", where=path) from None
+    return validate(schema, _mapping(values, where), where)
 
 
 def compress(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -52,33 +51,3 @@ def bucket(monkeypatch) -> Iterator[str]:
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket=name)
     yield f"s3://{name}/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
     server.stop()
-
-
-def sweep_dict(models, results, **more) -> dict:
-    """A small grid: 8 cells a model."""
-    return {
-        "name": "tiny",
-        "models": [str(m) for m in models],
-        "methods": [
-            {"method": "rtn", "bits": [8, 4, 3], "group_size": 32},
-            {"method": "gptq", "bits": 4, "group_size": 32, "damping": [0.01, 0.05]},
-            {"method": "wanda", "pattern": "2:4"},
-            {"method": "magnitude", "sparsity": 0.5},
-        ],
-        "calibration": {"samples": 4, "seqlen": 64},
-        "evaluation": {"suite": "smoke", "dimensions": ["stereotype", "ethics"], "perplexity": {"windows": 2, "seqlen": 128}},
-        "results": str(results),
-        "wandb": {"mode": "disabled"},
-        **more,
-    }
-
-
-def comptrust(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
-    """The command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "comptrust.sweep", *args],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **env},
-    )

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from comptrust.sweep.results import load_results
-from conftest import sweep_dict
 from ruamel.yaml import YAML
+from sweeps import sweep_dict
 from test_faults import CELLS, Sweep
 
 HERE = Path(__file__).parent

@@ -12,9 +12,9 @@ from comptrust.actors.errors import BadInput
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
 from comptrust.sweep.grid import expand, held, order
 from comptrust.sweep.plan import plan
-from conftest import comptrust, sweep_dict
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import comptrust, sweep_dict
 from transformers import MambaConfig
 
 CONF = Path(__file__).parent.parent.parent / "conf"

@@ -20,7 +20,7 @@ from comptrust.sweep.export import find_cell
 from comptrust.sweep.pool import AFFINITY_WAIT_S
 from comptrust.sweep.results import load_results
 from comptrust.sweep.status import status
-from conftest import sweep_dict
+from sweeps import sweep_dict
 
 HERE = Path(__file__).parent
 CELLS = 8

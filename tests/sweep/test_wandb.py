@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import sweep_dict
+from sweeps import sweep_dict
 from wandb_tools import Server, read_offline
 
 HERE = Path(__file__).parent
@@ -148,7 +148,7 @@ def test_frontier_keys_are_the_undominated():
 
 def test_sync_writes_the_record_again(tiny, tmp_path):
     """After a sweep without W&B, `sync` makes the runs from the record alone."""
-    from conftest import comptrust
+    from sweeps import comptrust
 
     results = tmp_path / "results"
     config = small(tiny, results, "disabled")

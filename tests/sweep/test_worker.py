@@ -20,7 +20,7 @@ from comptrust.sweep.effects import config_of
 from comptrust.sweep.grid import expand
 from comptrust.sweep.rescore import rescore
 from comptrust.sweep.results import compact, load_results
-from conftest import sweep_dict
+from sweeps import sweep_dict
 
 
 @pytest.fixture(scope="module")
