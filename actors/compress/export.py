@@ -440,7 +440,7 @@ def save_packed(packed: Mapping[str, Packed], path: Path) -> None:
 
 
 def load_packed(path: Path | str) -> dict[str, Packed]:
-    """The layers of a ``packed.safetensors``, by name, on the CPU."""
+    """The layers of a ``packed/packed.safetensors``, by name, on the CPU."""
     from ...kernels.formats import Packed
 
     with safe_open(path, "pt") as file:

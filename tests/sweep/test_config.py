@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
-from comptrust.sweep.grid import expand, held, order
+from comptrust.sweep.grid import checked, expand, held, order
 from comptrust.sweep.plan import plan
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +24,16 @@ CONF = Path(__file__).parent.parent.parent / "conf"
 def test_shipped_sweeps_are_valid(name):
     assert name in shipped()
     assert load_config(name).name == name
+
+
+def test_the_sweep_of_the_readme_is_valid():
+    """Also its calibration: the built-in text has no more than 16 windows of 512."""
+    text = (CONF.parent / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    config = load_config(parse_yaml(text, "README.md"))
+    for block in config.methods:
+        checked(block, 0)
+        for c in config.calibrations(block):
+            assert "builtin" not in c.sources or c.samples * c.seqlen <= 16 * 512
 
 
 def test_yaml_is_1_2():
