@@ -83,6 +83,7 @@ class Pool:
         self.finished: list[dict[str, Any]] = []
         self.loads = 0
         self.withdrawn: set[int] = set()  # workers ended before they started
+        self.no_room: dict[Need, float] = {}  # when such a worker was last withdrawn
 
     # -- coordinators -------------------------------------------------------------------------------------------------
 
@@ -206,6 +207,7 @@ class Pool:
             if any(s.key is None or (slot.dense and s.wants == slot.wants) for s in others):
                 del self.slots[slot.id]
                 self.withdrawn.add(slot.id)
+                self.no_room[slot.need] = time.monotonic()
                 _kill(slot.handle)
                 return
 
@@ -225,7 +227,10 @@ class Pool:
                     slot.model is None or self.to_come[slot.model] <= 0 or now - slot.idle_since > AFFINITY_WAIT_S
                 ):
                     return request, slot
-            if not self.limit or len(self.slots) < self.limit:
+            # Not at once after one was withdrawn: its dense cell would wait for the next, and those that wait for it keep all workers.
+            room = now - self.no_room.get(request.need, -PENDING_S) >= PENDING_S
+            room = room or not any(s.need == request.need for s in self.slots.values())
+            if room and (not self.limit or len(self.slots) < self.limit):
                 slot = self._grow(request.need)
                 return request, slot
             other = next((s for s in free if s.need != request.need and not any(r.need == s.need for r in ready)), None)
