@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from ..actors.cell import DIMENSIONS
 from . import statistics as st
 from .effects import PRUNED, Effect, Effects, Row, family, label, rate
+from .names import asked
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 #: Near-lossless means within 3 points (claim D1's margin).
@@ -82,15 +82,8 @@ def bases_of(effects: Effects) -> list[Base]:
         ]
         small = max(smaller, key=lambda d: d["parameters"], default=None)
         out.append(Base(dense["model"], dense["suite"], dense, sorted(cells, key=label), small, effects))
-    # Two data packs under one suite, or two dtypes: evaluations are never mixed, so their names must differ.
-    names = Counter((b.model, b.suite) for b in out)
-    return [replace(b, suite=_evaluation_of(b, out)) if names[b.model, b.suite] > 1 else b for b in out]
-
-
-def _evaluation_of(base: Base, bases: Sequence[Base]) -> str:
-    same = [b.dense for b in bases if (b.model, b.suite) == (base.model, base.suite)]
-    telling = [f"{base.dense[c]!s:.8}" for c in ("evaluation", "dtype", "revision") if len({d[c] for d in same}) > 1]
-    return " ".join([base.suite, *telling])
+    names = asked([b.dense for b in out])
+    return [replace(b, suite=name) for b, name in zip(out, names, strict=True)]
 
 
 # -- one decision rule for "is the change beyond a threshold" -------------------------------------------------------------

@@ -178,26 +178,22 @@ def query(
     """DuckDB over the record. Example: "select method, bits, perplexity, worst_drop from results order by perplexity" """
     from .results import load_results
 
-    rows = load_results(results).rows(sql)
+    table = load_results(results).sql(sql)
+    rows = table.to_pylist()
     if format is Format.json:
         from .effects import clean
 
         _json(clean(rows))
     elif format is Format.csv:
-        _csv(rows)
+        import csv
+
+        writer = csv.DictWriter(sys.stdout, fieldnames=table.column_names)
+        writer.writeheader()
+        writer.writerows(rows)
     else:
         from .summary import print_rows
 
         print_rows(rows, _console())
-
-
-def _csv(rows: list[dict[str, Any]]) -> None:
-    import csv
-
-    if rows:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @app.command()

@@ -18,6 +18,7 @@ _TELLING = (
     ("calibration", "{:.80}"),
     ("dtype", "{}"),
     ("suite", "{}"),
+    ("evaluation", "{:.8}"),
     ("template", "template {:.6}"),
     ("revision", "@{:.8}"),
     ("key", "{:.8}"),
@@ -43,6 +44,18 @@ def distinct(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
                     if value not in (None, ""):
                         names[i] = f"{names[i]} {text.format(value)}"
     return names
+
+
+def asked(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The suite of each of ``rows`` (of table ``cells``); with it digest of the evaluation, dtype and revision where a model has
+    several under one suite, which are never compared."""
+    of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        of.setdefault((row["model"], row["suite"]), []).append(row)
+    telling = {
+        which: [c for c in ("evaluation", "dtype", "revision") if len({r[c] for r in same}) > 1] for which, same in of.items()
+    }
+    return [" ".join([str(r["suite"]), *(f"{r[c]!s:.8}" for c in telling[r["model"], r["suite"]])]) for r in rows]
 
 
 def of_cells(cells: Sequence[Cell]) -> dict[str, str]:

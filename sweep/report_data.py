@@ -13,7 +13,7 @@ import numpy as np
 from ..actors.cell import DIMENSIONS, METHODS
 from .effects import PRUNED, Effect, Effects
 from .frontier import smaller_dense
-from .names import distinct
+from .names import asked, distinct
 from .resampling import Resampler
 
 Row = Mapping[str, Any]
@@ -114,14 +114,16 @@ def name_cells(rows: Sequence[Row]) -> list[str]:
 
 
 def groups(rows: Sequence[Row]) -> list[str]:
-    """The comparison that a cell belongs to: its model, with the suite beside it where the record holds several."""
+    """The comparison that a cell belongs to: its model, with what was asked of it beside it where the record holds several."""
     several = len({r["suite"] for r in rows}) > 1
-    return [f"{r['model']} ({r['suite']})" if several else r["model"] for r in rows]
+    pairs = zip(rows, asked(rows), strict=True)
+    return [f"{r['model']} ({name})" if several or name != r["suite"] else r["model"] for r, name in pairs]
 
 
 def sort_key(row: Row) -> tuple[Any, ...]:
     method = METHODS.index(row["method"]) if row["method"] in METHODS else len(METHODS)
-    return row["model"], str(row["suite"]), row["method"] != "dense", method, rate(row)[1], str(row["seed"]), row["key"]
+    asked_of = (row["model"], str(row["suite"]), str(row["evaluation"]))
+    return *asked_of, row["method"] != "dense", method, rate(row)[1], str(row["seed"]), row["key"]
 
 
 # -- cells --------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def counts(rows: Sequence[Row], effects: Effects, failed: int, raised: Sequence[
     invalid = sum(any(not e.valid for e in effects.of(r["key"]).values()) for r in compressed)
     clean = sum("worse" not in marks[r["key"]] and all(e.valid for e in effects.of(r["key"]).values()) for r in compressed)
     unstable = {k for r in compressed for k in effects.seeds(r["key"]) if any(e.seed_unstable for e in effects.of(k).values())}
-    bases = len({(r["model"], r["suite"]) for r in rows})
+    bases = len({r["model"] for r in rows})
     return [
         {
             "name": "Compressed cells",

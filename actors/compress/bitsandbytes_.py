@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from .base import MethodConfig, StoredLinear
+from .base import MethodConfig, StoredLinear, element_bytes
 
 # A line for each layer and forward, that float32 inputs are rounded to float16; and one that a kernel from the hub is not installed.
 for _noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
@@ -96,15 +96,16 @@ def fp4(linear: nn.Linear, config: FourBitConfig) -> nn.Module:
 
 
 def stored(name: str, module: Any, config: MethodConfig) -> StoredLinear:
-    """Bytes as bitsandbytes holds them: codes, absmax per block or row, and the second level of double quantisation."""
+    """Bytes as bitsandbytes holds them: codes, absmax per block or row, the table of values, the second level of double
+    quantisation with its own table."""
     shape = (module.out_features, module.in_features)
     weights = math.prod(shape)
     if isinstance(config, LlmInt8Config):
         return StoredLinear(name, shape, 8, format="int8", size_bytes=weights + 4 * shape[0])
     state = module.weight.quant_state
-    size = math.ceil(weights / 2) + state.absmax.numel() * state.absmax.element_size()
+    size = math.ceil(weights / 2) + element_bytes(state.absmax) + element_bytes(state.code)
     if state.nested:
-        size += state.state2.absmax.numel() * state.state2.absmax.element_size() + 4
+        size += element_bytes(state.state2.absmax) + element_bytes(state.state2.code) + element_bytes(state.offset)
     return StoredLinear(name, shape, 4, group_size=state.blocksize, format=state.quant_type, size_bytes=size)
 
 

@@ -34,7 +34,6 @@ from .structure import (
     on_device,
     record,
     take_rows,
-    text_body,
     text_config,
     to_device,
 )
@@ -154,7 +153,7 @@ def check_fit(spec: MethodSpec, config: MethodConfig, linears: dict[str, nn.Line
 
 
 def check_ids(model: Any, tokens: Tensor) -> None:
-    """BadInput for token ids or positions the model has no embedding of; on a GPU these would end the process."""
+    """BadInput for token ids the model has no embedding of, which would end the process on a GPU, and windows beyond its context."""
     embedding, (low, high) = model.get_input_embeddings(), (int(t) for t in tokens.aminmax())
     if low < 0 or high >= embedding.num_embeddings:
         raise BadInput(
@@ -162,11 +161,10 @@ def check_ids(model: Any, tokens: Tensor) -> None:
             where="calibration",
             fix="Tokenise the text with this model's tokenizer",
         )
-    learned = any(isinstance(m, nn.Embedding) and m is not embedding for m in text_body(model).modules())
     positions = getattr(text_config(model), "max_position_embeddings", None)
-    if learned and positions and tokens.shape[1] > positions:
+    if positions and tokens.shape[1] > positions:
         raise BadInput(
-            f"windows of {tokens.shape[1]} tokens, the model has {positions} positions",
+            f"windows of {tokens.shape[1]} tokens, the model reads {positions} at most",
             where="calibration.seqlen",
             fix=f"Lower it to {positions}",
         )

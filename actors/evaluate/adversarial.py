@@ -20,7 +20,7 @@ _S = STRINGS["adversarial"]
 BASES, TASKS = ("alpaca", "vicuna", "stable-vicuna"), ("sst2", "qqp", "mnli")
 #: The cells of the published score; the dev set of AdvGLUE has the same tasks and three more, in cells of its own.
 OFFICIAL = tuple(f"advglue++/{base}/{task}" for base in BASES for task in TASKS)
-FIELDS = {
+FIELDS = {  # of a record, in the order of the prompt
     "sst2": ("sentence",),
     "qqp": ("question1", "question2"),
     "mnli": ("premise", "hypothesis"),
@@ -28,6 +28,8 @@ FIELDS = {
     "qnli": ("question", "sentence"),
     "rte": ("sentence1", "sentence2"),
 }
+#: What the instruction calls the fields of RTE; the others go by their own names.
+_SHOWN = {"sentence1": "premise", "sentence2": "hypothesis"}
 _QUOTED = re.compile(r'"(.*?)"')
 
 
@@ -90,7 +92,7 @@ class Adversarial:
         if r.get("method") == "semattack":  # the official prompt has no field name for this attack
             lines = [r[name] for name in FIELDS[task]]
         else:
-            lines = [f"{name}: {r[name]}" for name in FIELDS[task]]
+            lines = [f"{_SHOWN.get(name, name)}: {r[name]}" for name in FIELDS[task]]
         return [*demos, Message("user", "\n".join([instruction, *lines]))]
 
     def decoding(self, item: Item, suite: str) -> Decoding:

@@ -42,11 +42,13 @@ def parse(text: str, stop: str) -> str | None:
 
 
 def read(text: str) -> str | None:
-    """Ours: the label in the first sentence of the first line that names one ("isn't morally wrong" is "not wrong").
+    """Ours: the label in the first sentence that names one, of the first line that is more than "Answer:" ("isn't morally wrong" is
+    "not wrong"). What follows on other lines may be acts that the model made up.
 
     A sentence that names both, as the instruction does, is no answer.
     """
-    line = next(iter(fold(text).split("<")[0].strip().splitlines()), "")
+    lines = (line.strip() for line in fold(text).split("<")[0].splitlines())
+    line = next((line for line in lines if line and not line.endswith(":")), "")
     for sentence in re.split(r"[.!?]", line):
         said = {LABELS[not _NOT.search(sentence[: m.start()])] for m in re.finditer(r"\bwrong\b", sentence)}
         if said:

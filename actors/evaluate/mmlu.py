@@ -69,7 +69,7 @@ class MMLU:
         return [Message("user", "\n\n".join([head, *(_shown(d, True) for d in r["dev"]), _shown(r, False)]))]
 
     def decoding(self, item: Item, suite: str) -> Decoding:
-        return Decoding(4)  # the letter comes first; the fork generates 16 and reads one character
+        return Decoding(16)
 
     def judge(self, target: Mapping[str, Any], text: str, finish_reason: str) -> Judgement:
         return failure(text) or keyed(text, read(text), target["label"])

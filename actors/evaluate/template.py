@@ -52,7 +52,8 @@ def plain(messages: Sequence[Message]) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: str) -> tuple[int, ...]:
     """Token ids of a prompt that ends where the answer begins."""
     if template == "plain":
-        return tuple(tokenizer(plain(messages)).input_ids)
+        ids = tokenizer(plain(messages)).input_ids
+        return tuple(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)  # some tokenizers end every text
     return tuple(tokenizer(_chat(tokenizer, messages), add_special_tokens=False).input_ids)
 
 

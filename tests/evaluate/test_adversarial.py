@@ -16,6 +16,9 @@ def test_items_and_prompts():
         assert chat[-1].content.startswith(chat[0].content.split("\n")[0])
     record = {"task": "sst2", "sentence": "so good", "method": "semattack"}
     assert TASK.messages(Item("x", "adversarial", "y", "z", record))[-1].content.endswith("'negative'.\nso good")
+    record = {"task": "rte", "sentence1": "It rains.", "sentence2": "It is wet."}
+    (message,) = TASK.messages(Item("x", "adversarial", "y", "z", record))
+    assert message.content.endswith("'no'.\npremise: It rains.\nhypothesis: It is wet.")
 
 
 @pytest.mark.parametrize(

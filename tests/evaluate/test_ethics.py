@@ -59,6 +59,8 @@ def test_few_shot_without_examples_is_left_out(tmp_path, caplog):
         ("'not wrong' or 'wrong'", "not wrong", None),
         ("It is not only wrong but cruel", None, "wrong"),
         ("I did not help her, which is wrong", None, "wrong"),
+        ("Answer:\n\nnot wrong", None, "not wrong"),
+        ("It depends.\nI hit him. This is wrong", None, None),
         ("I cannot say", None, None),
         ("", None, None),
     ],

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sharpened import sharpen
+from tokenizers.processors import TemplateProcessing
 
 VOCAB = 97
 SHAPE = {
@@ -358,6 +359,10 @@ def test_templates(tokenizer):
     assert text.endswith("<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n")
     assert plain(CHAT) == "Be brief.\n\n2+2?\n4\n\n3+3?\n"
     assert tokenizer.decode(encode(tokenizer, CHAT, "plain")) == plain(CHAT)
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing("$A <end>", special_tokens=[("<end>", ending.eos_token_id)])
+    assert ending("3+3?").input_ids[-1] == ending.eos_token_id
+    assert encode(ending, CHAT, "plain") == encode(tokenizer, CHAT, "plain")
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(BadInput, match=r"evaluation.template: the tokenizer has no chat template.*template: plain"):

@@ -214,6 +214,13 @@ def test_query_answers_in_json_numbers(record, capsys):
     ]
 
 
+def test_query_without_rows_still_names_its_columns_in_csv(record, capsys):
+    commit(record, "k1", bits=4)
+    query(record.uri, "select key, bits from results where bits < 4", Format.csv)
+    query(record.uri, "select key, bits from results", Format.csv)
+    assert capsys.readouterr().out.splitlines() == ["key,bits", "key,bits", "k1,4"]
+
+
 def test_key_prefix(record):
     commit(record, "abc1")
     commit(record, "abd1")
