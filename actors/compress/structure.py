@@ -288,7 +288,8 @@ def _find_fold(block, group, norm, forward, hidden, kwargs, out, config) -> Fold
             inputs, rows = linears[group.linears[0]].in_features, linears[producer].out_features
             if inputs == rows:
                 guesses = [Fold(producer, "linear")]
-            elif inputs % rows == 0 and (head_dim := getattr(config, "head_dim", None) or inputs // config.num_attention_heads):
+            elif inputs % rows == 0:  # the width of a head is the module's own: Gemma 4 has two of them
+                head_dim = getattr(block.get_submodule(parent), "head_dim", None) or inputs // config.num_attention_heads
                 guesses = [Fold(producer, "linear", repeat=inputs // rows, head_dim=head_dim)]
     generator = torch.Generator().manual_seed(0)
     for fold in guesses:

@@ -412,6 +412,22 @@ def test_other_families_compress_and_every_input_scale_folds(kind, tokens):
         assert all(s.input_scale is None for s in done.stored.values())
 
 
+def test_layers_with_heads_of_different_widths_compress(tokens):
+    """Gemma 4, whose configuration raises when it is asked for one width of all heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gemma4_unified_text", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, pad_token_id=0, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    done = compress(model, "awq", {"bits": 8, "group_size": 32}, tokens)
+    assert (done.model(tokens).logits - model(tokens).logits).norm() < 0.05 * model(tokens).logits.norm()
+    assert len(done.stored) == 14 and all(s.input_scale is None for s in done.stored.values())
+
+
 @pytest.mark.parametrize("depth", [2, 3], ids=["as-deep-as-the-text", "deeper"])
 def test_of_a_model_with_eyes_the_language_model_is_compressed(tmp_path, tokens, depth):
     """Gemma 3 loads as a causal LM that lists the blocks of its vision tower first."""
