@@ -90,6 +90,8 @@ def compress(
             raise BadInput(
                 f"{method} needs {needed} calibration tokens, samples x seqlen gives {have}", where="--samples", fix="Raise it."
             )
+        if not foreign:
+            methods.check_windows(spec.seqlen, shapes.get_text_config(), where="--seqlen")
         drawn = calibrate(spec, models.load_tokenizer(ref), where="--calibration")
         tokens, digest = drawn.tokens, drawn.digest
     dense, tokenizer = models.load(ref, dtype=dtype, device=_device(), progress=progress)

@@ -206,6 +206,12 @@ def _expand_model(
                     break
                 if spec:
                     _enough(spec, needed, cell.label)
+                if spec and not foreign:
+                    try:
+                        compress.check_windows(spec["seqlen"], hf_config.get_text_config())
+                    except BadInput as e:  # a model beside others with a longer context
+                        grid.skipped.append(Skip(model.id, cell.label, str(e)))
+                        continue
                 grid.cells.append(cell)
 
 

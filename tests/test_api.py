@@ -90,6 +90,11 @@ def test_the_command_prints_both(folder, capsys):
         ("rtn", {"calibration": {"seed": -1}}, r"calibration.seed: .*\(got -1\)"),
         ("gptq", {"calibration": "wiki.txt"}, "calibration: 'wiki.txt' is no mapping of names to values"),
         ("gptq", {"calibration": {"source": "wiki.npy"}}, "no file 'wiki.npy'"),
+        (
+            "gptq",
+            {"calibration": {"samples": 1, "seqlen": 5000}},
+            "--seqlen: windows of 5000 tokens, the model reads 4096 at most",
+        ),
         ("rtn", {"dtype": "fp16"}, "--dtype: unknown dtype 'fp16'. One of: float32, bfloat16, float16"),
     ],
 )

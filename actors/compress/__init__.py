@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from . import awq, bitsandbytes_, engine, gblm, gptq, magnitude, rtn, smoothquant, sparsegpt, wanda
 from .base import Compressed, MethodConfig, MethodSpec, Progress, StoredLinear
-from .structure import decoder_blocks, named_linears
+from .engine import check_windows
+from .structure import decoder_blocks, discover, named_linears
 
 __all__ = [
     "METHODS",
@@ -22,6 +23,7 @@ __all__ = [
     "MethodSpec",
     "StoredLinear",
     "check",
+    "check_windows",
     "compress",
     "compress_many",
     "incompatible",
@@ -98,7 +100,7 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
 
     ``model_config`` is the model's transformers config, or that as a dict; None checks the parameters alone.
     """
-    _, config = _config(method, params, "")
+    spec, config = _config(method, params, "")
     if why := config.impossible():
         return why
     if model_config is None:
@@ -110,7 +112,7 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
         linears = _linears(shapes)
     except BadInput as e:
         return str(BadInput(e.problem, fix=e.fix))
-    return config.unfit(linears)
+    return config.unfit(linears) or (_cannot_stream(shapes) if spec.needs_calibration else None)
 
 
 def required_tokens(method: str, params: Mapping[str, Any], model_config: Any) -> int:
@@ -176,13 +178,32 @@ def _quantised_by(config_json: str) -> str | None:
 @functools.lru_cache(maxsize=32)
 def _linears(config_json: str) -> Mapping[str, int]:
     """Name -> inputs of every linear that would be compressed, from a model without weights."""
+    with torch.device("meta"):
+        model = _without_weights(config_json)
+    prefix, blocks = decoder_blocks(model)
+    return {name: m.in_features for name, m in named_linears(prefix, blocks).items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _cannot_stream(config_json: str) -> str | None:
+    """Why the engine cannot call a model's blocks one by one, from a run on tensors that have a shape and no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = _without_weights(config_json).eval()
+        try:
+            discover(model, decoder_blocks(model)[1], torch.zeros(1, 8, dtype=torch.int64), folds=False)
+        except BadInput as e:
+            return str(BadInput(e.problem, fix=e.fix))
+        except Exception:  # a forward that asks for numbers: the run will tell
+            return None
+    return None
+
+
+def _without_weights(config_json: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = json.loads(config_json)
     values.pop("quantization_config", None)
     values.pop("dtype", None)
-    config = AutoConfig.for_model(**values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    prefix, blocks = decoder_blocks(model)
-    return {name: m.in_features for name, m in named_linears(prefix, blocks).items()}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))

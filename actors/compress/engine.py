@@ -161,12 +161,15 @@ def check_ids(model: Any, tokens: Tensor) -> None:
             where="calibration",
             fix="Tokenise the text with this model's tokenizer",
         )
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if positions and tokens.shape[1] > positions:
+    check_windows(tokens.shape[1], text_config(model))
+
+
+def check_windows(length: int, config: Any, *, where: str = "calibration.seqlen") -> None:
+    """BadInput for calibration windows of ``length`` tokens beyond the context of a model with this (text) configuration."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and length > positions:
         raise BadInput(
-            f"windows of {tokens.shape[1]} tokens, the model reads {positions} at most",
-            where="calibration.seqlen",
-            fix=f"Lower it to {positions}",
+            f"windows of {length} tokens, the model reads {positions} at most", where=where, fix=f"Lower it to {positions}"
         )
 
 

@@ -233,7 +233,7 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
 
         def place(x: Tensor) -> tuple:
             alive.append(x)
-            return (x.data_ptr(), tuple(x.shape))
+            return (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape))  # tensors without numbers have no data_ptr
 
         def before(name: str):
             return lambda _, args: seen.setdefault(place(args[0]), Group([])).linears.append(name)

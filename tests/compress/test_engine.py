@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import pytest
 import torch
-from comptrust.actors.compress import METHODS, check, compress, compress_many, engine
+from comptrust.actors.compress import METHODS, check, compress, compress_many, engine, incompatible
 from comptrust.actors.compress.export import export
 from comptrust.actors.compress.structure import clone, decoder_blocks, discover
 from comptrust.actors.errors import BadInput, CellError
@@ -362,8 +363,11 @@ def test_blocks_that_cannot_be_called_one_by_one_are_refused(tokens, kind, metho
         rotary_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with pytest.raises(BadInput, match=r"(returns tuple|positional arguments).*Supported: .*Llama"):
+    says = r"(returns tuple|positional arguments).*Supported: .*Llama"
+    with pytest.raises(BadInput, match=says):
         compress(model, method, {}, tokens)
+    assert re.search(says, incompatible(method, {}, config) or "")  # known without weights
+    assert incompatible("magnitude", {}, config) is None
 
 
 def test_fused_experts_are_refused_with_what_is_supported(tokens):

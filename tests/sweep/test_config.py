@@ -124,6 +124,20 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
 
 
+def test_calibration_windows_beyond_a_models_context_are_a_skipped_combination(tiny, tmp_path):
+    """Not a cell that fails once the model is loaded."""
+    text = tmp_path / "text.txt"
+    text.write_text("One two three. " * 4000)
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] = [{"method": "rtn", "group_size": 32}, {"method": "wanda"}]
+    limit = json.loads((Path(tiny) / "config.json").read_text())["max_position_embeddings"]
+    config["calibration"] = {"source": str(text), "samples": 2, "seqlen": [limit, limit + 1]}
+    grid = expand(load_config(config))
+    assert [c.method for c in grid.cells] == ["dense", "rtn", "wanda"]
+    (skip,) = grid.skipped
+    assert f"calibration.seqlen: windows of {limit + 1} tokens, the model reads {limit} at most" in skip.reason
+
+
 def test_cells_are_excluded_by_their_calibration(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One two three. " * 2000)
