@@ -4,7 +4,7 @@ import torch
 from comptrust.actors.compress import compress
 from comptrust.actors.compress.awq import AwqConfig, loss_of, round_scaled, search_clip, search_scale, solve
 from comptrust.actors.compress.base import Inputs
-from comptrust.actors.compress.structure import Fold, share_heads
+from comptrust.actors.compress.structure import Fold, clone, decoder_blocks, discover, share_heads
 from small_models import make_llama, skewed_inputs
 
 
@@ -106,6 +106,25 @@ def test_gemma_stores_its_norm_minus_one_and_still_folds(tokens):
     assert all(s.input_scale is None for s in done.stored.values())
     assert not torch.equal(done.model.model.layers[0].input_layernorm.weight, model.model.layers[0].input_layernorm.weight)
     assert (done.model(tokens).logits - model(tokens).logits).norm() < 0.02 * model(tokens).logits.norm()
+
+
+def test_a_norm_minus_one_is_told_from_a_plain_one_in_16_bits(tokens):
+    """Weights far above 1 are nearly weights - 1; Gemma 2's norm behind each half of a block hides what is left of the difference."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "layernorm" in name:
+            p.copy_((torch.randn(p.shape) * 0.8).exp() * 10 - 1)
+    model = model.bfloat16()
+    _, blocks = decoder_blocks(copy := clone(model))
+    folds = [g.fold for g in discover(copy, blocks, tokens[:1, :8], folds=True).of(blocks[0])]
+    assert [f and f.kind for f in folds] == ["norm+1", "linear", "norm+1", "linear"]
 
 
 def test_biases_fold_too(tokens):
