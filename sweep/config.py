@@ -91,7 +91,10 @@ class MethodConfig(BaseModel):
 
     def params(self) -> list[dict[str, Any]]:
         """Each combination of the block's parameters, defaults not yet filled in."""
-        extra = self.model_extra or {}
+        extra = dict(self.model_extra or {})
+        skip = extra.get("skip")
+        if isinstance(skip, list) and not any(isinstance(globs, list) for globs in skip):
+            extra["skip"] = [skip]  # a list of globs is one value, only a list of lists is an axis
         return product(extra, tuple(extra))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +42,12 @@ class MethodConfig(BaseModel):
                 {"skip", "overrides"} | self.of_the_whole_cell()
             ):
                 raise ValueError(f"overrides[{glob!r}] holds {sorted(bad)}, which this method does not take per layer")
-            self.merged(params)
+            try:
+                self.merged(params)
+            except ValidationError as e:
+                first = e.errors()[0]
+                at = ".".join(str(p) for p in first["loc"])
+                raise ValueError(f"overrides[{glob!r}] holds {at} {first['input']!r}: {first['msg']}") from None
         return self
 
     def of_the_whole_cell(self) -> set[str]:

@@ -124,6 +124,16 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
 
 
+@pytest.mark.parametrize(
+    ("written", "cells"),
+    [("[]", [[]]), ("[a]", [["a"]]), ("[a, b]", [["a", "b"]]), ("[[], [a, b]]", [[], ["a", "b"]])],
+)
+def test_skip_is_a_list_and_an_axis_of_it_a_list_of_lists(written, cells):
+    """As in docs/methods; `skip: []` once left no cell of its block."""
+    (block,) = load_config({"models": ["m"], "methods": [parse_yaml(f"{{method: gptq, skip: {written}}}", "")]}).methods
+    assert [p["skip"] for p in checked(block, 0)[1]] == cells
+
+
 def test_calibration_windows_beyond_a_models_context_are_a_skipped_combination(tiny, tmp_path):
     """Not a cell that fails once the model is loaded."""
     text = tmp_path / "text.txt"
