@@ -319,14 +319,11 @@ def compress(
     """One compressed checkpoint that transformers loads."""
     from ..actors.api import compress as make
 
-    params = {"bits": bits, "group_size": group_size, "sparsity": sparsity, "pattern": pattern}
-    params |= _overrides(set_, "damping=0.05")
+    options = {"bits": bits, "group_size": group_size, "sparsity": sparsity, "pattern": pattern}
+    params = {k: v for k, v in options.items() if v is not None} | _overrides(set_, "damping=0.05")  # null is a value there
     chosen = {k: v for k, v in {"samples": samples, "seqlen": seqlen}.items() if v is not None}
     spec = {"source": calibration, **chosen, "seed": seed}
-    done = make(
-        model, method, {k: v for k, v in params.items() if v is not None}, output, calibration=spec, backend=backend, dtype=dtype,
-        progress=_progress_line(),
-    )  # fmt: skip
+    done = make(model, method, params, output, calibration=spec, backend=backend, dtype=dtype, progress=_progress_line())
     print(f"{done['bits_per_weight']:.2f} bits/weight, {done['size_bytes'] / 1e6:.0f} MB, {done['seconds']:.0f} s: {output}")
 
 

@@ -117,6 +117,17 @@ def test_a_calibration_nobody_sized_is_what_its_source_holds(folder, tmp_path):
     assert comptrust.compress(str(folder / "dense"), "wanda")["calibration_digest"] == drawn.digest
 
 
+def test_null_is_a_value_that_an_option_can_set(folder, tmp_path):
+    """It was dropped, and the default (128 inputs a scale, a clip of 8) held without a word."""
+    app(
+        ["compress", str(folder / "dense"), "--method", "gptq", "--set", "group_size=null", "--set", "token_clip=null",
+         "-o", str(tmp_path / "out")],
+        standalone_mode=False,
+    )  # fmt: skip
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"group_size": null' in card and '"token_clip": null' in card
+
+
 def test_parameters_are_names_and_values(folder):
     with pytest.raises(BadInput, match="params: 'bits=4' is no mapping"):
         comptrust.compress(str(folder / "dense"), "rtn", "bits=4")
