@@ -15,7 +15,8 @@ from .results import load_results
 def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
     """The cell behind a key of the record, its row of ``results``, and the sweep that holds it.
 
-    It is known by its weights: neither the sweep's other models nor the data that it was evaluated on need be here.
+    It is known by its weights: neither the sweep's other models nor the data that it was evaluated on need be here, nor a GPU, which
+    decides on the dtype where the sweep names none.
     """
     results = load_results(uri)
     key = results.find(prefix)
@@ -26,8 +27,12 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
             if key not in form["keys"]:
                 continue
             config = config_of(form)
-            mine = tuple(m for m in config.models if m.id == row["model"]) or config.models
-            for cell in expand(config.model_copy(update={"models": mine}), installed=False).cells:
+            mine = tuple(
+                m.model_copy(update={"dtype": row["dtype"]})
+                for m in config.models
+                if m.id == row["model"] and m.dtype in (None, row["dtype"])
+            )
+            for cell in expand(config.model_copy(update={"models": mine[:1]}), installed=False).cells:
                 if cell.artifact_key == row["artifact_key"]:
                     asked = {"suite": row["suite"], "evaluation": row["evaluation"]}
                     return cell.model_copy(update=asked), row, config

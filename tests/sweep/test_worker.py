@@ -296,10 +296,12 @@ def test_only_the_seed_of_a_calibration_makes_two_cells_one_configuration(knob):
 
 
 def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monkeypatch):
-    """Of a sweep whose other model is gone, of a model with .bin weights that the sweep allows, beside another data pack."""
+    """Of a sweep whose other model is gone, of a model with .bin weights that the sweep allows, beside another data pack, on a machine
+    whose default dtype is another."""
     import shutil
 
     import torch
+    from comptrust.sweep import grid as grids
     from comptrust.sweep.export import export_cell
     from comptrust.sweep.launch import register
     from safetensors.torch import load_file
@@ -323,6 +325,7 @@ def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monke
     shutil.copytree(Path(comptrust.__file__).parent / "actors" / "data" / "probes", pack)
     (pack / "stereotype.jsonl").write_text("\n".join((pack / "stereotype.jsonl").read_text().splitlines()[:48]) + "\n")
     monkeypatch.setenv("COMPTRUST_DATA", str(pack))
+    monkeypatch.setattr(grids, "default_dtype", lambda: "bfloat16")  # as with a GPU
     export_cell(str(tmp_path / "record"), cell.key[:8], tmp_path / "out")
     out = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
