@@ -230,7 +230,14 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
                 fix="Set template: false",
             )
         rows.append(ids[: config.seqlen])
-    return np.array(rows, dtype=np.int64)
+    wrapped = np.array(rows, dtype=np.int64)
+    if (windows != windows[0]).any() and (wrapped == wrapped[0]).all():
+        raise BadInput(
+            f"the {'system prompt' if system else 'chat template'} fills the windows of {config.seqlen} tokens, no text is left in them",
+            where=f"{where}.system" if system else f"{where}.template",
+            fix="Shorten it or raise seqlen",
+        )
+    return wrapped
 
 
 def _load_ids(file: Path, at: str) -> np.ndarray:

@@ -159,6 +159,14 @@ def test_a_template_wraps_every_window(tokenizer):
         assert text.count("<|im_start|>assistant") == 1
 
 
+def test_a_system_prompt_that_leaves_no_room_for_text_is_refused(tokenizer):
+    """Every window was the same beginning of the prompt."""
+    config = CalibrationConfig(samples=6, seqlen=96, template=True, system="Be kind. " * 60)
+    with pytest.raises(BadInput, match=r"calibration.system: the system prompt fills the windows of 96 tokens"):
+        calibrate(config, tokenizer)
+    calibrate(config.model_copy(update={"seqlen": 512}), tokenizer)
+
+
 def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(tmp_path):
     template = "{{ date_string | default(strftime_now('%H:%M:%S.%f')) }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = models.load_tokenizer(models.resolve(str(make_tiny_model(tmp_path / "model", template=template))))
