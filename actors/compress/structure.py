@@ -52,7 +52,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise BadInput(f"{kind} has no list of decoder blocks", where="model", fix=f"Supported: {SUPPORTED}")
     name, blocks = found[0]
     owners: dict[int, str] = {}
-    for owner, module in model.named_modules():
+    for owner, module in model.named_modules(remove_duplicate=False):  # one block may stand in two places
         for pname, p in module.named_parameters(recurse=False):
             first = owners.setdefault(id(p), f"{owner}.{pname}")
             if first != f"{owner}.{pname}" and (first.startswith(f"{name}.") or owner.startswith(f"{name}.")):

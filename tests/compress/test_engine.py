@@ -398,6 +398,10 @@ def test_weights_shared_between_blocks_are_refused():
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(BadInput, match="tied"):
         decoder_blocks(model)
+    model = make_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp  # it was quantised twice, the second time from its own codes
+    with pytest.raises(BadInput, match="tied"):
+        decoder_blocks(model)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "Phi3", "Mistral"])
