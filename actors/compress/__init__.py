@@ -189,14 +189,14 @@ def _cannot_stream(config_json: str) -> str | None:
     """Why the engine cannot call a model's blocks one by one, from a run on tensors that have a shape and no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        model = _without_weights(config_json).eval()
-        try:
+    try:
+        with FakeTensorMode():
+            model = _without_weights(config_json).eval()
             discover(model, decoder_blocks(model)[1], torch.zeros(1, 8, dtype=torch.int64), folds=False)
-        except BadInput as e:
-            return str(BadInput(e.problem, fix=e.fix))
-        except Exception:  # a forward that asks for numbers: the run will tell
-            return None
+    except BadInput as e:
+        return str(BadInput(e.problem, fix=e.fix))
+    except Exception:  # something asks for numbers, as in making Gemma 3 with its vision tower: the run will tell
+        return None
     return None
 
 

@@ -453,6 +453,7 @@ def test_of_a_model_with_eyes_the_language_model_is_compressed(tmp_path, tokens,
     config = Gemma3Config(text_config=text, vision_config=eyes, image_token_index=299, mm_tokens_per_image=4)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for method, params in [("rtn", {"bits": 8, "group_size": 32}), ("awq", {"bits": 8, "group_size": 32}), ("gblm", {})]:
+        assert incompatible(method, params, config) is None
         done = compress(model, method, params, tokens)
         assert len(done.stored) == 14 and all(name.startswith("model.language_model.layers.") for name in done.stored)
         for a, b in zip(done.model.model.vision_tower.parameters(), model.model.vision_tower.parameters(), strict=True):
