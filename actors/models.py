@@ -106,6 +106,7 @@ def template(ref: ModelRef) -> str:
 
 def load_config(ref: ModelRef) -> PretrainedConfig:
     """Architecture and sizes, as transformers names them; reads no weights. BadInput if transformers does not know it."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = ref.path if ref.path is not None else _download(ref, weights=False)
@@ -113,7 +114,7 @@ def load_config(ref: ModelRef) -> PretrainedConfig:
         if folder.suffix == ".gguf":
             folder = _once(ref, "config", lambda out: _convert_config(folder, out))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise BadInput(f"transformers cannot load the configuration of {ref.spec!r}: {error}", where="model") from error
 
 
@@ -139,6 +140,7 @@ def load(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # without it transformers raises before it says which
             )
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
@@ -148,6 +150,13 @@ def load(
             f"{ref.spec!r} holds no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""),
             where="model",
             fix=f"Give a whole checkpoint of {type(model).__name__}",
+        )
+    if wrong := sorted(loaded["mismatched_keys"]):
+        name, held, wanted = wrong[0]
+        raise BadInput(
+            f"{ref.spec!r} holds {name} as {list(held)}, its configuration wants {list(wanted)}",
+            where="model",
+            fix="Give configuration and weights of one model",
         )
     return model.eval(), load_tokenizer(ref)
 

@@ -120,6 +120,22 @@ def test_a_checkpoint_that_lacks_a_weight_is_bad_input(folder, tmp_path, absent)
     assert absent in str(error.value) or "lm_head.weight, nor 1 others" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"hidden_size": 128}, r"holds model.embed_tokens.weight as \[600, 64\], its configuration wants \[600, 128\]"),
+        ({"num_attention_heads": 7}, "cannot load the configuration of .*not a multiple"),
+        ({"hidden_size": "wide"}, "cannot load the configuration of .*expected int"),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_the_weights_is_bad_input(folder, tmp_path, changed, says):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | changed))
+    with pytest.raises(BadInput, match=f"(?s){says}"):
+        models.load_config(models.resolve(str(copy)))
+        models.load(models.resolve(str(copy)))
+
+
 class _Evil:
     def __reduce__(self):
         return (os.mkdir, ("executed",))
