@@ -189,7 +189,7 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+        model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what it was read from
     # By name: left to itself, the writer keeps lm_head and drops the embedding, which transformers 4 then misses.
     tied = getattr(model, "all_tied_weights_keys", {})
     save_torch_state_dict({k: v for k, v in model.state_dict().items() if k not in tied}, folder, metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from comptrust.actors.compress.export import PACKED, _pack_awq, card, export, lo
 from comptrust.actors.errors import BadInput
 from comptrust.kernels.formats import unpack
 from safetensors.torch import load_file, save
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 TOKENS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 #: What a fresh process does with each (folder, dtype): load with plain transformers, run once, save logits.
@@ -218,6 +218,17 @@ def test_the_card_names_the_cell_and_what_was_measured(model, tmp_path):
     for part in ("base_model: org/name", cell.artifact_key, cell.key, "d1735", "| perplexity | 12.35 |", "| trust | 61 |"):
         assert part in text
     assert "mmlu" not in text
+
+
+def test_generation_settings_that_transformers_would_not_save_are_kept(tmp_path):
+    """Vicuna's: a temperature without sampling. They load with a warning, and saving raised after all the work."""
+    model = tiny()
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6)
+    out = export(compress(model, "rtn", {"group_size": 32}), None, tmp_path / "out").path
+    models.save_weights(model, tmp_path)
+    for folder in (out, tmp_path):
+        kept = GenerationConfig.from_pretrained(folder)
+        assert (kept.temperature, kept.top_p) == (0.9, 0.6)
 
 
 def test_only_a_hub_id_is_named_as_the_base_model(model, tmp_path):

@@ -394,7 +394,7 @@ def _save(model: Any, tensors: Mapping[str, Tensor], quantization: dict[str, Any
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+        model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what it was read from
     tied = list(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = separate({n: t.detach() for n, t in tensors.items() if n not in tied})
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
