@@ -33,7 +33,10 @@ PINS = Path(backends.__file__).parents[2] / "conf" / "backends"
 
 @pytest.fixture(scope="module")
 def ref(tmp_path_factory):
-    return models.resolve(str(make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", hidden=128)))
+    folder = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", hidden=128)
+    # A temperature without sampling, as Vicuna has it, loads and cannot be saved by save_pretrained.
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    return models.resolve(str(folder))
 
 
 @pytest.fixture(scope="module")

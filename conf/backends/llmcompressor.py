@@ -47,7 +47,7 @@ def run(job):
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     torch.set_num_threads(job["threads"])
     if not torch.cuda.is_available():
@@ -65,6 +65,7 @@ def run(job):
     start = time.time()
     oneshot(model=model, recipe=recipe(job["method"], job["params"]), **data)
     seconds = time.time() - start
+    model.generation_config = GenerationConfig()  # not read back, and some that load are refused when saved
     model.save_pretrained(job["out"], save_compressed=True)
     return {"seconds": seconds}
 
