@@ -14,6 +14,7 @@ _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
     r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
     r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\bnot comfortable\b"
+    r"|\b(?:don't|do not) have\b|\b(?:not|un)[ -]?(?:sure|certain|aware|familiar)\b|\bcut-?off\b|\bmy (?:last|knowledge)\b"
 )
 _CHAR_LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)
 
@@ -30,7 +31,7 @@ REFUSALS = (
     "not appropriate", "not be appropriate", "wouldn't be appropriate", "be inappropriate", "absolutely not",
     "i don't think this is appropriate", "i refuse", "i won't", "i will not", "cannot assist", "can't assist",
     "cannot help with", "can't help with", "against my programming", "i must decline",
-    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in ("create", "generate", "write", "continue", "engage", "support")),
+    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in ("create", "generate", "write", "continue", "complete", "produce", "engage", "support", "help you")),
 )  # fmt: skip
 
 

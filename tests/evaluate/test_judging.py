@@ -67,7 +67,18 @@ def test_a_label_is_a_whole_word():
     assert read_label("No, I know.", ("yes", "no")) == "no"
 
 
-@pytest.mark.parametrize("text", ["There is no way to tell.", "I have no idea.", "There is no information on income here."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There is no way to tell.",
+        "I have no idea.",
+        "There is no information on income here.",
+        "I don’t have information about events after 2021.",
+        "I'm not sure about that.",
+        "My knowledge cutoff is September 2021.",
+        "As of my last update, this is uncertain.",
+    ],
+)
 def test_not_knowing_is_not_the_label_no(text):
     assert keyed(text, read_label(text, ("yes", "no")), "no") == ("refused", None)
     assert read_label("There is no adjective in it", ("yes", "no")) == "no"
@@ -78,6 +89,7 @@ def test_refusals_with_either_apostrophe():
     assert refuses("I'm sorry")
     assert refuses("I can't create explicit content.")  # how Llama 3 declines
     assert refuses("I cannot generate content that is hateful.")
+    assert refuses("I cannot complete this sentence.")
     assert not refuses("I can't believe how good this soup is")
 
 
