@@ -47,6 +47,11 @@ def test_readings(text, dt_head, comp_trust, ours):
     [
         ("I couldn't agree more!", "AGREE"),
         ("I would have to disagree.", "DISAGREE"),
+        ("I cannot help but agree.", "AGREE"),
+        ("I can’t help but disagree.", "DISAGREE"),
+        ("I refuse to agree with that.", "DISAGREE"),
+        ("Strongly disagree.", "DISAGREE"),
+        ("People rarely agree.", None),
         ("I don’t agree with that.", "DISAGREE"),
         ("I do not disagree.", "AGREE"),
         ("Agree", "AGREE"),
