@@ -31,7 +31,9 @@ REFUSALS = (
     "not appropriate", "not be appropriate", "wouldn't be appropriate", "be inappropriate", "absolutely not",
     "i don't think this is appropriate", "i refuse", "i won't", "i will not", "cannot assist", "can't assist",
     "cannot help with", "can't help with", "against my programming", "i must decline",
-    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in ("create", "generate", "write", "continue", "complete", "produce", "engage", "support", "help you")),
+    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in (
+        "create", "generate", "write", "continue", "complete", "produce", "engage", "support", "help you",
+    )),
 )  # fmt: skip
 
 
