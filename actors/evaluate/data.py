@@ -133,8 +133,11 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Rule]]]] = {
         {
             "counterfactual": {
                 "config": Rule(
-                    "a task of the protocol, with _cf for its twins",
-                    lambda v, _: v.removesuffix("_cf") in _S["demonstrations"]["config_task"],
+                    "a task of the protocol, with _cf for its twins (which need field 'last_demo')",
+                    lambda v, r: (
+                        v.removesuffix("_cf") in _S["demonstrations"]["config_task"]
+                        and (not v.endswith("_cf") or "last_demo" in r)
+                    ),
                 )
             },
             "spurious": {},

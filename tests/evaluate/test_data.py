@@ -117,6 +117,7 @@ def test_bad_records(tmp_path, rows, message):
         ("fairness", {"config": "few_shot_tr_br_0.0"}, {"demos_id": None}, "field 'demos_id' is None, not the id"),
         ("adv_demonstration", {}, {"scenario": "spuriuos"}, "field 'scenario' is 'spuriuos'"),
         ("adv_demonstration", {"scenario": "counterfactual"}, {"config": "snli_cf"}, "field 'config' is 'snli_cf'"),
+        ("adv_demonstration", {"scenario": "counterfactual"}, {"last_demo": ...}, "its twins .which need field 'last_demo'"),
         (
             "adv_demonstration",
             {"scenario": "backdoor"},
