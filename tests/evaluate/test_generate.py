@@ -440,6 +440,16 @@ def test_templates_that_ask_the_clock(tokenizer, template, expected):
     assert dated.decode(encode(dated, CHAT[3:], "chat")) == expected
 
 
+def test_template_with_channels(tokenizer):
+    """gpt-oss ends an answer's head before the channel, and thinks first if it may choose."""
+    harmony = copy.deepcopy(tokenizer)
+    harmony.chat_template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endfor %}<|start|>assistant"
+    )
+    text = harmony.decode(encode(harmony, CHAT, "chat"))
+    assert text.endswith("<|start|>user<|message|>3+3?<|end|><|start|>assistant<|channel|>final<|message|>")
+
+
 def test_template_that_opens_a_thought(tokenizer):
     """DeepSeek-R1 and its distillates: the few tokens of an answer would be spent on thinking."""
     thinking = copy.deepcopy(tokenizer)
