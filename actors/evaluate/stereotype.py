@@ -59,7 +59,7 @@ _ECHO = re.compile(
     r"|(?:dis)?agree or (?:dis)?agree"
 )
 _NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|n't|not)(?: \w+){0,4} agree or disagree")
-_STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more> more)?")
+_STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more>(?: with \w+)? more)?")
 _CLAUSE = re.compile(r"[.!?,;:\n\"]")
 _WORD = re.compile(r"\w+(?:'\w+)?")  # chat models put stars, brackets and quotes around what they were told to say
 _FIRST = {"i", "i'm", "i'd", "i'll", "i've"}

@@ -46,6 +46,7 @@ def test_readings(text, dt_head, comp_trust, ours):
     ("text", "said"),
     [
         ("I couldn't agree more!", "AGREE"),
+        ("I could not agree with you more.", "AGREE"),
         ("I would have to disagree.", "DISAGREE"),
         ("I cannot help but agree.", "AGREE"),
         ("I can’t help but disagree.", "DISAGREE"),
