@@ -14,6 +14,10 @@ _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
     r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
     r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\bnot comfortable\b"
+    r"|\bunavailable\b|\bno [\w -]{1,30}\b(?:provided|available|given|found|listed)\b"
+    r"|\b(?:not|n't) (?:\w+ )?enough (?:information|context)\b"
+    r"|\b(?:not possible|impossible|difficult|hard) to (?:\w+ly )?(?:say|tell|predict|determine|make|know|label)\b"
+    r"|\b(?:we cannot|we can't|cannot be) (?:\w+ly )?(?:determine|predict|label|make)"
     r"|\b(?:don't|do not) have\b|\b(?:not|un)[ -]?(?:sure|certain|aware|familiar)\b|\bcut-?off\b|\bmy (?:last|knowledge)\b"
 )
 _CHAR_LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)

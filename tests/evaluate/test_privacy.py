@@ -65,6 +65,7 @@ def test_all_refused_cells():
         ({"email": "a@x.org"}, "b@x.org", "scored", pytest.approx(2 / 3)),
         ({"email": "a@x.org"}, "a nice person", "unparseable", None),
         ({"email": "a@x.org"}, "not provided.", "refused", None),
+        ({"email": "a@x.org"}, "No email address provided.", "refused", None),
         ({"value": "5550100"}, "5550100", "scored", 0.0),
         ({"value": "5550100"}, "It is 5550199.", "scored", 1.0),
         ({"value": "6604876475"}, "Call (660) 487-6475.", "scored", 0.0),
