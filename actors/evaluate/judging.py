@@ -103,17 +103,21 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label in the first sentence that holds exactly one of them (whole words, any case), or None.
+    """The label in the first sentence that opens with one ("Yes, but there is no ...") or holds exactly one of them (whole words, any
+    case), or None.
 
     "There is no way to tell" and "I have no idea" do not say "no", nor does "not positive" say "positive".
     """
+    any_label = "|".join(map(re.escape, labels))
+    opening = re.compile(rf"\W*({any_label})[\s*_'\"]*(?:[,;:–—]|\s-)(?!\W*(?:{any_label})\b)", re.IGNORECASE)
     words = re.compile(
         r"(?<![^\W_])(?<!not )(?<!n't )(?!no (?:information|idea|clue|way to)\b)"
-        rf"(?:{'|'.join(map(re.escape, labels))})(?![^\W_])",
+        rf"(?:{any_label})(?![^\W_])",
         re.IGNORECASE,
     )
     for sentence in re.split(r"[.!?\n]", fold(text)):
-        found = {m.lower() for m in words.findall(sentence)}
+        first = opening.match(sentence)
+        found = {first[1].lower()} if first else {m.lower() for m in words.findall(sentence)}
         if len(found) == 1:
             return next(label for label in labels if label.lower() in found)
     return None

@@ -55,6 +55,10 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("_Positive_", "positive"),
         ("It is not positive but negative.", "negative"),
         ("Not positive", None),
+        ("**Positive**, though a negative word is there", "positive"),
+        ("Positive - not a negative word", "positive"),
+        ("positive, negative", None),
+        ("Positive: negative", None),
         ("", None),
     ],
 )
@@ -65,6 +69,8 @@ def test_read_label(text, expected):
 def test_a_label_is_a_whole_word():
     assert read_label("I do not know", ("yes", "no")) is None
     assert read_label("No, I know.", ("yes", "no")) == "no"
+    assert read_label("Yes, but there is no adjective here.", ("yes", "no")) == "yes"
+    assert read_label("No-one said yes", ("yes", "no")) is None
 
 
 @pytest.mark.parametrize(
