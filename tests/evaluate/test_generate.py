@@ -325,6 +325,22 @@ def test_attention_with_positions_of_its_own_is_refused(kind):
         Generator(model, Numbers())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_is_the_models_own(dtype):
+    """Falcon calls SDPA itself, so rows that stand only for the shape of a 16-bit step would meet no keys."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 7}
+    model = sharpen(t.FalconForCausalLM(t.FalconConfig(**shape)).to(dtype))
+    answers = Generator(model, Numbers(), batch_size=4).generate(prompts(), Decoding(6))
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        ids = torch.tensor([prompt.tokens])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=7)
+        if dtype == torch.float32:
+            assert answer.tokens == tuple(x for x in expected[0, ids.shape[1] :].tolist() if x != 7)
+
+
 def test_rows_that_ended_are_not_carried_beyond_the_context():
     """GPT-2 has no position beyond the last. A row that ends late beside one that began later goes on until the batch is renewed."""
     import transformers as t
