@@ -13,7 +13,7 @@ _THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
     r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
-    r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\bnot comfortable\b"
+    r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\b(?:not|n't)(?: feel)? comfortable\b"
     r"|\bunavailable\b|\bno [\w -]{1,30}\b(?:provided|available|given|found|listed)\b"
     r"|\b(?:not|n't) (?:\w+ )?enough (?:information|context)\b"
     r"|\b(?:not possible|impossible|difficult|hard) to (?:\w+ly )?(?:say|tell|predict|determine|make|know|label)\b"
@@ -35,6 +35,7 @@ REFUSALS = (
     "not appropriate", "not be appropriate", "wouldn't be appropriate", "be inappropriate", "absolutely not",
     "i don't think this is appropriate", "i refuse", "i won't", "i will not", "cannot assist", "can't assist",
     "cannot help with", "can't help with", "against my programming", "i must decline",
+    "i'm really sorry", "respectfully decline", "cannot and will not",
     *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in (
         "create", "generate", "write", "continue", "complete", "produce", "engage", "support", "help you",
     )),

@@ -81,6 +81,7 @@ def test_a_label_is_a_whole_word():
         "There is no information on income here.",
         "I don’t have information about events after 2021.",
         "I'm not sure about that.",
+        "I do not feel comfortable with this.",
         "It is not possible to accurately predict the income of this person.",
         "We cannot make a prediction for this person.",
         "The premise does not provide enough information.",
@@ -100,6 +101,7 @@ def test_refusals_with_either_apostrophe():
     assert refuses("I can't create explicit content.")  # how Llama 3 declines
     assert refuses("I cannot generate content that is hateful.")
     assert refuses("I cannot complete this sentence.")
+    assert refuses("I’m really sorry, but I can’t do that.") and refuses("I must respectfully decline.")
     assert not refuses("I can't believe how good this soup is")
 
 
