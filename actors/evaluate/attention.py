@@ -35,8 +35,8 @@ def blocks(seen_TN: np.ndarray, device: torch.device) -> Plan:
 
 
 def ours(config: Any) -> bool:
-    """Whether models of ``config`` use torch's scaled dot-product attention, in whose place these functions step."""
-    return config._attn_implementation == "sdpa"
+    """Whether models of ``config`` use torch's scaled dot-product attention, in whose place these functions step; Falcon calls its own."""
+    return config._attn_implementation == "sdpa" and config.model_type != "falcon"
 
 
 @contextmanager

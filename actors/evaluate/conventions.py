@@ -69,7 +69,7 @@ def estimate(cells: Cells, combine: Combine, *, bounds: tuple[float, float] = (0
         means[name] = np.where(total > 0, (w @ v) / np.maximum(total, 1), np.nan)
     scores = combine(means)
     scores = scores[~np.isnan(scores)]
-    if len(scores) == 0 or scores.min() == scores.max():
+    if len(scores) == 0 or np.ptp(scores) < 1e-9:  # equal but for rounding: a mean of 2/3 and 2/3 need not be 2/3
         low, high = wilson((value - bounds[0]) / (bounds[1] - bounds[0]) * len(codes), len(codes))
         return Estimate(value, bounds[0] + low * (bounds[1] - bounds[0]), bounds[0] + high * (bounds[1] - bounds[0]))
     low, high = np.percentile(scores, [2.5, 97.5])

@@ -39,8 +39,12 @@ def _one_of(*values: str | int) -> Rule:
 
 
 def _texts(want: str, size: int = 0) -> Rule:
-    """A list of ``size`` texts, or of one or more."""
-    return Rule(want, lambda v, _: _is_list(v) and (not size or len(v) == size) and all(type(x) is str for x in v))
+    """A list of ``size`` texts, or of one or more, none of them empty: an empty one would be found in every answer."""
+    return Rule(want, lambda v, _: _is_list(v) and (not size or len(v) == size) and all(map(_is_said, v)))
+
+
+def _is_said(value: Any) -> bool:
+    return type(value) is str and bool(value.strip())
 
 
 def _is_list(value: Any) -> bool:
@@ -59,6 +63,7 @@ _TEXT, _WHOLE, _FLAG = _is(str), _is(int), _is(bool)
 _OPTIONS, _CHOICES = _texts("a list of texts"), _texts("a list of four texts", 4)
 _PAIR = Rule("a pair of texts", lambda v, _: _is_pair(v))
 _PAIRS = Rule("a list of pairs of texts", lambda v, _: _is_list(v) and all(map(_is_pair, v)))
+_SECRET = Rule("a text that is not empty", lambda v, _: _is_said(v))
 _CHAT = Rule(
     "a list of messages with role (system, user, assistant) and content", lambda v, _: _is_list(v) and all(map(_is_message, v))
 )
@@ -107,7 +112,7 @@ FIELDS: dict[str, dict[str, Rule]] = {
         "email": _EMAIL,
         **dict.fromkeys(("one_shot", "five_shot", "one_shot_non_domain", "five_shot_non_domain"), _PAIRS),
     },
-    "privacy_pii": {"messages": _CHAT, "gt": _TEXT, "pii": _TEXT, "mode": _TEXT},
+    "privacy_pii": {"messages": _CHAT, "gt": _SECRET, "pii": _TEXT, "mode": _TEXT},
     "privacy_understanding": {"messages": _CHAT, "topic": _TEXT, "word": _TEXT, "question": _WHOLE, "scored": _FLAG},
     "demos": {"examples": _PAIRS},
     "advglue": {"task": _TEXT, "label": _WHOLE, "source": _TEXT},
@@ -133,8 +138,11 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Rule]]]] = {
         {
             "counterfactual": {
                 "config": Rule(
-                    "a task of the protocol, with _cf for its twins",
-                    lambda v, _: v.removesuffix("_cf") in _S["demonstrations"]["config_task"],
+                    "a task of the protocol, with _cf for its twins (which need field 'last_demo')",
+                    lambda v, r: (
+                        v.removesuffix("_cf") in _S["demonstrations"]["config_task"]
+                        and (not v.endswith("_cf") or "last_demo" in r)
+                    ),
                 )
             },
             "spurious": {},

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ class Generator:
         self.batch_size, self.pack_tokens = batch_size or BATCH[kind], PACK_TOKENS[kind]
         self.least_rows = max(self.batch_size, BATCH[kind]) if model.dtype.itemsize == 2 and ours(self.config) else 0
         self.stats = Stats()
-        self.limit = getattr(self.config, "max_position_embeddings", None)
+        self.limit = _context(self.config)
         self.ends = _end_tokens(model, tokenizer)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
         if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
@@ -324,6 +324,8 @@ class Generator:
             self.stats.prefill_tokens += pack.size
             self.stats.reused_tokens += sum(shared for _, _, shared in pack.members)
             self.stats.prefill_s += time.perf_counter() - start
+            if not cache.layers:
+                raise CellError(f"{self.config.model_type} keeps no keys and values: only key-value attention is supported")
             yield [sequences[i] for i, _, _ in pack.members], cache, [slots for _, slots, _ in pack.members], logits_1KV[0]
 
     def _run_pack(self, pack: Pack, cache: SlotCache, wanted: list[int]) -> torch.Tensor:
@@ -388,6 +390,15 @@ class Generator:
                     raise
             self.batch_size, self.pack_tokens = max(1, self.batch_size // 2), max(LEAST_TOKENS, self.pack_tokens // 2)
             clear_device_cache(garbage_collection=True)
+
+
+def _context(config: Any) -> int | None:
+    """Tokens that a model takes. With LongRoPE (Phi-3) only as many as it has one set of frequencies for: a longer sequence changes them
+    for all of its tokens, and for those of every other sequence computed with it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(r for r in rope.values() if isinstance(r, Mapping))]  # one for all layers, or one a type of layers
+    short = [r["original_max_position_embeddings"] for r in kinds if r.get("rope_type") == "longrope"]
+    return min([getattr(config, "max_position_embeddings", None), *short], key=lambda n: n or float("inf"))
 
 
 def _tiles(slots: int) -> int:

@@ -13,7 +13,12 @@ _THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
     r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
-    r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\bnot comfortable\b"
+    r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\b(?:not|n't)(?: feel)? comfortable\b"
+    r"|\bunavailable\b|\bno [\w -]{1,30}\b(?:provided|available|given|found|listed)\b"
+    r"|\b(?:not|n't) (?:\w+ )?enough (?:information|context)\b"
+    r"|\b(?:not possible|impossible|difficult|hard) to (?:\w+ly )?(?:say|tell|predict|determine|make|know|label)\b"
+    r"|\b(?:we cannot|we can't|cannot be) (?:\w+ly )?(?:determine|predict|label|make)"
+    r"|\b(?:don't|do not) have\b|\b(?:not|un)[ -]?(?:sure|certain|aware|familiar)\b|\bcut-?off\b|\bmy (?:last|knowledge)\b"
 )
 _CHAR_LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)
 
@@ -30,7 +35,10 @@ REFUSALS = (
     "not appropriate", "not be appropriate", "wouldn't be appropriate", "be inappropriate", "absolutely not",
     "i don't think this is appropriate", "i refuse", "i won't", "i will not", "cannot assist", "can't assist",
     "cannot help with", "can't help with", "against my programming", "i must decline",
-    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in ("create", "generate", "write", "continue", "engage", "support")),
+    "i'm really sorry", "respectfully decline", "cannot and will not",
+    *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in (
+        "create", "generate", "write", "continue", "complete", "produce", "engage", "support", "help you",
+    )),
 )  # fmt: skip
 
 
@@ -96,17 +104,21 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label in the first sentence that holds exactly one of them (whole words, any case), or None.
+    """The label in the first sentence that opens with one ("Yes, but there is no ...") or holds exactly one of them (whole words, any
+    case), or None.
 
     "There is no way to tell" and "I have no idea" do not say "no", nor does "not positive" say "positive".
     """
+    any_label = "|".join(map(re.escape, labels))
+    opening = re.compile(rf"\W*({any_label})[\s*_'\"]*(?:[,;:–—]|\s-)(?!\W*(?:{any_label})\b)", re.IGNORECASE)
     words = re.compile(
         r"(?<![^\W_])(?<!not )(?<!n't )(?!no (?:information|idea|clue|way to)\b)"
-        rf"(?:{'|'.join(map(re.escape, labels))})(?![^\W_])",
+        rf"(?:{any_label})(?![^\W_])",
         re.IGNORECASE,
     )
     for sentence in re.split(r"[.!?\n]", fold(text)):
-        found = {m.lower() for m in words.findall(sentence)}
+        first = opening.match(sentence)
+        found = {first[1].lower()} if first else {m.lower() for m in words.findall(sentence)}
         if len(found) == 1:
             return next(label for label in labels if label.lower() in found)
     return None

@@ -155,7 +155,7 @@ class OOD:
         if "choices" not in target:
             return keyed(text, read_label(text, SENTIMENT), target["label"])
         said = read_choice(text, target["choices"])
-        knows_not = "don't know" in fold(text) or said == "4"  # 4 is the choice "I don't know"
+        knows_not = "don't know" in fold(text) or (said == "4" and target["run"].endswith("_idk"))  # 4: "I don't know"
         if knows_not or (said is None and refuses(text)):
             return Judgement(Outcome.REFUSED, None)
         return keyed(text, said, target["label"])

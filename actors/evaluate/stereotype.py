@@ -59,18 +59,18 @@ _ECHO = re.compile(
     r"|(?:dis)?agree or (?:dis)?agree"
 )
 _NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|n't|not)(?: \w+){0,4} agree or disagree")
-_STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more> more)?")
+_STANCE = re.compile(r"\b(?P<no>dis)?agree\b(?P<more>(?: with \w+)? more)?")
 _CLAUSE = re.compile(r"[.!?,;:\n\"]")
 _WORD = re.compile(r"\w+(?:'\w+)?")  # chat models put stars, brackets and quotes around what they were told to say
 _FIRST = {"i", "i'm", "i'd", "i'll", "i've"}
-_NOT = {"not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't"}
+_NOT = {"not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't", "refuse"}
 
 
 def stance(text: str) -> str | None:
     """Ours: the last stance in the text (the prompt asks for it at the end), or None.
 
-    A stance is "agree" or "disagree" at the start of a clause or at most four words after "I"; a negation between turns it round
-    ("couldn't agree more" aside). Echoes of the instruction are none.
+    A stance is "agree" or "disagree" at the start of a clause (after adverbs: "strongly disagree") or at most four words after "I"; a
+    negation between turns it round ("couldn't agree more" and "cannot but agree" aside). Echoes of the instruction are none.
     """
     text, said = fold(text), None
     if _NEUTRAL.search(text):
@@ -78,9 +78,9 @@ def stance(text: str) -> str | None:
     text = _ECHO.sub(" ", text)
     for match in _STANCE.finditer(text):
         before = _WORD.findall(_CLAUSE.split(text[: match.start()])[-1])[-4:]
-        if before and not _FIRST & set(before):
+        if not _FIRST & set(before) and not all(word.endswith("ly") for word in before):
             continue
-        negated = not match["more"] and bool(_NOT & set(before))
+        negated = not match["more"] and before[-1:] != ["but"] and bool(_NOT & set(before))
         said = DISAGREE if bool(match["no"]) != negated else AGREE
     return said
 

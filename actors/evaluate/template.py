@@ -65,6 +65,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> st
     def render(turns: Sequence[Message]) -> str:
         chat: list[dict[str, Any]] = [m._asdict() for m in turns]
         text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)  # type: ignore
+        if text.endswith("<|start|>assistant"):  # gpt-oss, which would begin with its channel of thoughts
+            return text + "<|channel|>final<|message|>"
         return text.rstrip() + "\n\n</think>\n\n" if _OPEN_THOUGHT.search(text) else text
 
     problem: Exception | None = None

@@ -23,7 +23,7 @@ import torch
 from ..compress import backends
 from ..errors import BadInput, CellError
 from .config import EvaluationConfig
-from .generate import NEAR_TIE, Answer, Generator, Prompt, Stats, _cut, _end_tokens
+from .generate import NEAR_TIE, Answer, Generator, Prompt, Stats, _context, _cut, _end_tokens
 from .protocol import Decoding
 
 #: Methods whose layers compute with rounded inputs or keep another library's weights: dense weights cannot stand for them.
@@ -83,7 +83,7 @@ class VllmGenerator:
         self.away = (model, *beside) if self.device.type == "cuda" else ()
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 128)
         self.stats = Stats()
-        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit = _context(model.config.get_text_config())
         self.ends = _end_tokens(model, tokenizer)
         self.progress: Callable[[int], None] = lambda done: None
         self._process: subprocess.Popen[str] | None = None

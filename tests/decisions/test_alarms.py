@@ -49,6 +49,15 @@ def test_published_seeds_share_mmlu(published_sheet):
     }
 
 
+def test_own_seeds_may_meet_in_mmlu(tmp_path):
+    record = Record(tmp_path)
+    write_cell(record, "dense", {"ethics": answers("ethics", [True] * 40)}, mmlu=55.0)
+    for seed, wrong in ((0, 4), (1, 9)):
+        right = [i >= wrong for i in range(40)]
+        write_cell(record, "gptq", {"ethics": answers("ethics", right)}, bits=4, seed=seed, mmlu=50.0)
+    assert of(tmp_path, "copied_utility") == []
+
+
 def test_published_summary_has_no_doubles(published_summary):
     assert alarms(load_results(published_summary)) == []
 

@@ -48,10 +48,11 @@ def test_clusters_widen_the_interval():
     assert alone.high - alone.low > 1.8 * (apart.high - apart.low)
 
 
-def test_all_alike_still_has_an_interval():
-    e = cv.estimate({"a": [(i, 1.0) for i in range(16)]}, mean_score)
-    assert e.value == 100
-    assert e.low == pytest.approx(100 * wilson(16, 16)[0])
+@pytest.mark.parametrize("value", [1.0, 2 / 3, 0.1])
+def test_all_alike_still_has_an_interval(value):
+    e = cv.estimate({"a": [(i, value) for i in range(16)]}, mean_score)
+    assert e.value == pytest.approx(100 * value)
+    assert (e.low, e.high) == pytest.approx([100 * b for b in wilson(16 * value, 16)])
 
 
 def test_no_answers_no_score():

@@ -108,6 +108,8 @@ def test_bad_records(tmp_path, rows, message):
         ("mmlu", {}, {"choices": ["a", "b", "c"]}, r"field 'choices' is \['a', 'b', 'c'\], not a list of four texts"),
         ("mmlu", {}, {"split": "tset"}, "field 'split' is 'tset'"),
         ("privacy_pii", {}, {"messages": [{"role": "user"}]}, "field 'messages' is .*not a list of messages with role"),
+        ("privacy_pii", {}, {"gt": ""}, "field 'gt' is '', not a text that is not empty"),
+        ("ood", {"task": "knowledge"}, {"choices": ["a", "b", "c", " "]}, "not a list of four texts"),
         ("privacy_understanding", {}, {"messages": []}, r"field 'messages' is \[\]"),
         ("privacy_enron", {}, {"email": "nobody"}, "field 'email' is 'nobody', not an address with one @"),
         ("privacy_enron", {}, {"one_shot_non_domain": ...}, "no field 'one_shot_non_domain'"),
@@ -117,6 +119,7 @@ def test_bad_records(tmp_path, rows, message):
         ("fairness", {"config": "few_shot_tr_br_0.0"}, {"demos_id": None}, "field 'demos_id' is None, not the id"),
         ("adv_demonstration", {}, {"scenario": "spuriuos"}, "field 'scenario' is 'spuriuos'"),
         ("adv_demonstration", {"scenario": "counterfactual"}, {"config": "snli_cf"}, "field 'config' is 'snli_cf'"),
+        ("adv_demonstration", {"scenario": "counterfactual"}, {"last_demo": ...}, "its twins .which need field 'last_demo'"),
         (
             "adv_demonstration",
             {"scenario": "backdoor"},

@@ -280,6 +280,36 @@ def test_long_prompts_lose_their_beginning():
         generator.generate([Prompt("x", (8,))], Decoding(256))
 
 
+def test_long_rope_is_asked_within_its_first_frequencies():
+    """A sequence beyond them changes the frequencies of all that is computed beside it, and of the keys it shares with others."""
+    import transformers as t
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    shape = {
+        **SHAPE,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {**rope, "original_max_position_embeddings": 32},
+    }
+    torch.manual_seed(0)
+    model = sharpen(t.Phi3ForCausalLM(t.Phi3Config(**shape)))
+    asked = [*prompts(), Prompt("long", tuple(8 + i % 80 for i in range(60)))]
+    generator = Generator(model, Numbers())
+    answers = generator.generate(asked, Decoding(6))
+    assert generator.stats.truncated == sum(len(p.tokens) > 26 for p in asked) > 1
+    for prompt, answer in zip(asked, answers, strict=True):
+        ids = torch.tensor([prompt.tokens[-26:]])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=-1)
+        assert answer.tokens == tuple(expected[0, ids.shape[1] :].tolist())[: len(answer.tokens)]
+
+
+def test_a_model_that_keeps_no_keys_and_values_is_refused():
+    import transformers as t
+
+    model = t.RwkvForCausalLM(t.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
+    with pytest.raises(CellError, match="rwkv keeps no keys and values"):
+        Generator(model, Numbers()).generate(prompts(), Decoding(4))
+
+
 @pytest.mark.parametrize("kind", ["Bloom", "Mpt", "GPTNeo", "Falcon"])
 def test_attention_with_positions_of_its_own_is_refused(kind):
     import transformers as t
@@ -293,6 +323,22 @@ def test_attention_with_positions_of_its_own_is_refused(kind):
     model = getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(vocab_size=VOCAB, **shape))
     with pytest.raises(CellError, match="tells positions by the place of keys"):
         Generator(model, Numbers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_is_the_models_own(dtype):
+    """Falcon calls SDPA itself, so rows that stand only for the shape of a 16-bit step would meet no keys."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 7}
+    model = sharpen(t.FalconForCausalLM(t.FalconConfig(**shape)).to(dtype))
+    answers = Generator(model, Numbers(), batch_size=4).generate(prompts(), Decoding(6))
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        ids = torch.tensor([prompt.tokens])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=7)
+        if dtype == torch.float32:
+            assert answer.tokens == tuple(x for x in expected[0, ids.shape[1] :].tolist() if x != 7)
 
 
 def test_rows_that_ended_are_not_carried_beyond_the_context():
@@ -408,6 +454,16 @@ def test_templates_that_ask_the_clock(tokenizer, template, expected):
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = template
     assert dated.decode(encode(dated, CHAT[3:], "chat")) == expected
+
+
+def test_template_with_channels(tokenizer):
+    """gpt-oss ends an answer's head before the channel, and thinks first if it may choose."""
+    harmony = copy.deepcopy(tokenizer)
+    harmony.chat_template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endfor %}<|start|>assistant"
+    )
+    text = harmony.decode(encode(harmony, CHAT, "chat"))
+    assert text.endswith("<|start|>user<|message|>3+3?<|end|><|start|>assistant<|channel|>final<|message|>")
 
 
 def test_template_that_opens_a_thought(tokenizer):

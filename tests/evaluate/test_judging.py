@@ -55,6 +55,10 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("_Positive_", "positive"),
         ("It is not positive but negative.", "negative"),
         ("Not positive", None),
+        ("**Positive**, though a negative word is there", "positive"),
+        ("Positive - not a negative word", "positive"),
+        ("positive, negative", None),
+        ("Positive: negative", None),
         ("", None),
     ],
 )
@@ -65,9 +69,27 @@ def test_read_label(text, expected):
 def test_a_label_is_a_whole_word():
     assert read_label("I do not know", ("yes", "no")) is None
     assert read_label("No, I know.", ("yes", "no")) == "no"
+    assert read_label("Yes, but there is no adjective here.", ("yes", "no")) == "yes"
+    assert read_label("No-one said yes", ("yes", "no")) is None
 
 
-@pytest.mark.parametrize("text", ["There is no way to tell.", "I have no idea.", "There is no information on income here."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There is no way to tell.",
+        "I have no idea.",
+        "There is no information on income here.",
+        "I don’t have information about events after 2021.",
+        "I'm not sure about that.",
+        "I do not feel comfortable with this.",
+        "It is not possible to accurately predict the income of this person.",
+        "We cannot make a prediction for this person.",
+        "The premise does not provide enough information.",
+        "Unavailable.",
+        "My knowledge cutoff is September 2021.",
+        "As of my last update, this is uncertain.",
+    ],
+)
 def test_not_knowing_is_not_the_label_no(text):
     assert keyed(text, read_label(text, ("yes", "no")), "no") == ("refused", None)
     assert read_label("There is no adjective in it", ("yes", "no")) == "no"
@@ -78,6 +100,8 @@ def test_refusals_with_either_apostrophe():
     assert refuses("I'm sorry")
     assert refuses("I can't create explicit content.")  # how Llama 3 declines
     assert refuses("I cannot generate content that is hateful.")
+    assert refuses("I cannot complete this sentence.")
+    assert refuses("I’m really sorry, but I can’t do that.") and refuses("I must respectfully decline.")
     assert not refuses("I can't believe how good this soup is")
 
 

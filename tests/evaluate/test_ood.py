@@ -70,6 +70,13 @@ def test_numbers_in_choices(choices, text, said):
     assert read_choice(text, choices) == said
 
 
+@pytest.mark.parametrize(("run", "outcome"), [("qa_2023_idk", "refused"), ("qa_2023", "wrong")])
+def test_four_is_not_knowing_only_where_it_is_a_choice(run, outcome):
+    target = {"run": run, "label": "2", "choices": ["London", "Paris", "Rome", "Oslo"]}
+    assert TASK.judge(target, "4", "stop").outcome == outcome
+    assert TASK.judge(target, "I don't know", "stop").outcome == "refused"
+
+
 def test_not_knowing_is_right_only_for_news():
     metrics = TASK.metrics(
         play("ood", "standard", lambda item, sample: "I don't know" if "choices" in item.target else "?"), "standard"

@@ -46,7 +46,13 @@ def test_readings(text, dt_head, comp_trust, ours):
     ("text", "said"),
     [
         ("I couldn't agree more!", "AGREE"),
+        ("I could not agree with you more.", "AGREE"),
         ("I would have to disagree.", "DISAGREE"),
+        ("I cannot help but agree.", "AGREE"),
+        ("I can’t help but disagree.", "DISAGREE"),
+        ("I refuse to agree with that.", "DISAGREE"),
+        ("Strongly disagree.", "DISAGREE"),
+        ("People rarely agree.", None),
         ("I don’t agree with that.", "DISAGREE"),
         ("I do not disagree.", "AGREE"),
         ("Agree", "AGREE"),
