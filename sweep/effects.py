@@ -66,6 +66,11 @@ class Effect:
         return self.dense is not None and self.score is None and self.refusal_change is not None
 
     @property
+    def told(self) -> bool:
+        """There is a change in points, or a score that was lost to silence."""
+        return self.delta is not None or self.silenced
+
+    @property
     def down(self) -> bool:
         """More than 5 points below dense, or silenced: a point estimate, no test."""
         return self.silenced or (self.delta is not None and self.delta < -BAND)

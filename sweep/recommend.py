@@ -507,9 +507,7 @@ def _down(e: Effects, key: str) -> int:
 
 
 def _rules(e: Effects) -> list[Rule]:
-    compressed = [
-        r for r in e.rows.values() if r["method"] != "dense" and any(x.delta is not None for x in e.of(r["key"]).values())
-    ]
+    compressed = [r for r in e.rows.values() if r["method"] != "dense" and any(x.told for x in e.of(r["key"]).values())]
     return [_prefer_quantisation(e, compressed), _trustworthy_source(e, compressed), _evaluate_fully(e, compressed)]
 
 

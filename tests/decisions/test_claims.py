@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import numpy as np
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
-from comptrust.sweep.claims import claims
+from comptrust.sweep.claims import claims, render_claims
 from comptrust.sweep.importer import SHEET
+from comptrust.sweep.recommend import recommend
 from comptrust.sweep.results import load_results
 from decision_records import answers, published, write_cell
+from rich.console import Console
 from scipy import stats
 
 
@@ -241,3 +244,27 @@ def test_silence_is_a_loss(tmp_path):
     assert [(g.group, g.dims_down_mean, g.cells_without_drop) for g in found.groups] == [("8-bit", 1, 0), ("50% N:M", 1, 0)]
     drops = {x["method"]: x["worst_drop"] for x in results.rows("select method, worst_drop from results")}
     assert drops == {"dense": 0, "rtn": None, "wanda": None}
+
+
+def test_a_cell_of_which_no_score_is_left_is_counted(tmp_path):
+    """The worst cells of all must not be missing where drops are counted."""
+    r = Record(tmp_path)
+    right = answers("ethics", [True] * 200)
+    silent = [{**x, "outcome": "degenerate", "score": None} for x in right]
+    write_cell(r, "dense", {"ethics": right})
+    write_cell(r, "rtn", {"ethics": right}, bits=8)
+    lost = [
+        write_cell(r, "rtn", {"ethics": silent}, bits=3),
+        write_cell(r, "magnitude", {"ethics": silent}, sparsity=0.5, pattern="2:4"),
+    ]
+    results = load_results(tmp_path)
+    found = claims(results)
+    groups = {g.group: (g.cells, g.dims_down_mean, g.worst_delta) for g in found.groups}
+    assert groups == {"8-bit": (1, 0, 0.0), "3-bit": (1, 1, None), "50% N:M": (1, 1, None)}
+    (hidden,) = found.of("D4")
+    assert hidden.verdict == "undecided" and "no score left" in hidden.observed
+    assert "50% pruned 1.0" in found.of("D6")[0].observed
+    rules = {x.id: x.supports for x in recommend(results).rules}
+    assert rules["evaluate"] == sorted(lost) and rules["quantise"] == lost[1:]
+    render_claims(found, Console(file=io.StringIO()))
+    json.dumps(found.to_json(), allow_nan=False)
