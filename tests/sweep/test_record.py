@@ -221,6 +221,17 @@ def test_query_without_rows_still_names_its_columns_in_csv(record, capsys):
     assert capsys.readouterr().out.splitlines() == ["key,bits", "key,bits", "k1,4"]
 
 
+def test_columns_of_one_name_are_all_kept(record, capsys):
+    """A join names both sides' columns alike; SQL names tables in any case."""
+    commit(record, "k1", bits=4)
+    commit(record, "k2", bits=3)
+    sql = "SELECT a.key, b.key, b.bits FROM CELLS a JOIN Results b ON a.bits > b.bits"
+    query(record.uri, sql, Format.csv)
+    assert capsys.readouterr().out.splitlines() == ["key,key_2,bits", "k1,k2,3"]
+    query(record.uri, sql, Format.json)
+    assert json.loads(capsys.readouterr().out) == [{"key": "k1", "key_2": "k2", "bits": 3}]
+
+
 def test_key_prefix(record):
     commit(record, "abc1")
     commit(record, "abd1")
