@@ -367,17 +367,17 @@ def smaller_dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Compressed cell -> the largest dense cell of its family with fewer parameters than its own model, same evaluation."""
     from .effects import family
 
-    dense = [r for r in rows if r["method"] == "dense" and r["parameters"]]
+    families = {m: family(m) for m in {r["model"] for r in rows}}
+    dense = {r["key"]: r for r in rows if r["method"] == "dense" and r["parameters"]}
+    relatives: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for d in dense.values():
+        relatives.setdefault((d["evaluation"], families[d["model"]]), []).append(d)
     out = {}
     for row in rows:
         if row["method"] == "dense" or not row["parameters"]:
             continue
-        own = next((d["parameters"] for d in dense if d["key"] == row["dense_key"]), row["parameters"])
-        fits = [
-            d
-            for d in dense
-            if d["parameters"] < own and d["evaluation"] == row["evaluation"] and family(d["model"]) == family(row["model"])
-        ]
+        own = dense.get(row["dense_key"], row)["parameters"]
+        fits = [d for d in relatives.get((row["evaluation"], families[row["model"]]), ()) if d["parameters"] < own]
         if fits:
             out[row["key"]] = max(fits, key=lambda d: d["parameters"])["key"]
     return out
