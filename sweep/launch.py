@@ -159,8 +159,7 @@ def register(record: Record, config: SweepConfig, grid: Grid) -> str:
     A sweep of the same name in this record keeps its id.
     """
     earlier: list[dict[str, Any]] = []
-    for path in record.list("sweeps", ".json"):
-        known = record.get_json(path)
+    for known in record.sweeps():
         if known["name"] == config.name:
             identity, seen = known["id"], set(grid.keys)
             for form in [known, *known.get("earlier", [])]:  # newest first

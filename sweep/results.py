@@ -162,9 +162,11 @@ class Results:
                     some = ", ".join(files[start : start + FILES_AT_ONCE])
                     self.db.execute(f"{into} select * from read_parquet([{some}], union_by_name = true)")
                     into = f"insert into part_{name} by name"
-                return
+                if self.db.table(f"part_{name}").columns == TABLES[name].names:
+                    return
             except duckdb.Error:
-                self.db.execute(f"drop table if exists part_{name}")  # some part is damaged or foreign: read one by one
+                pass
+            self.db.execute(f"drop table if exists part_{name}")  # some part is damaged or foreign: read one by one
         self.db.register(f"arrow_{name}", pa.concat_tables([TABLES[name].empty_table(), *self.read_parts(name)]))
         self.db.execute(f"create table part_{name} as select * from arrow_{name}")
 
@@ -207,8 +209,7 @@ class Results:
     def _load_failed(self) -> None:
         """Latest failed attempt of each cell that has not succeeded since."""
         self._load("cells")
-        tables = [t for p in self.record.list("failed") if (t := self.record.get_table(p)) is not None]
-        self.db.register("arrow_failed", pa.concat_tables(tables) if tables else TABLES["cells"].empty_table())
+        self.db.register("arrow_failed", self.record.failures())
         self.db.execute(
             "create table failed as select * from arrow_failed where key not in (select key from cells)"
             " qualify row_number() over (partition by key order by attempts desc) = 1"

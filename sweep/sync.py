@@ -15,7 +15,7 @@ from .wandb_sink import Publisher, picture
 def sync(uri: str) -> str:
     """Every cell of every sweep of the record as W&B runs; a run that exists is resumed under the same id. Returns a sentence."""
     results = load_results(uri)
-    sweeps = [results.record.get_json(p) for p in results.record.list("sweeps", ".json")]
+    sweeps = results.record.sweeps()
     if not sweeps:
         raise BadInput(f"no sweep in {uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
     cells = {r["key"]: r for r in results.rows("select * from cells")} | {

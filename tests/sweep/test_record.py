@@ -12,6 +12,7 @@ from comptrust.actors.errors import BadInput
 from comptrust.actors.record import CELLS, Record, to_table
 from comptrust.sweep.cli import Format, query
 from comptrust.sweep.results import compact, load_results
+from comptrust.sweep.status import status
 
 
 def cell(key: str, **more) -> dict:
@@ -110,6 +111,23 @@ def test_foreign_files_disturb_nothing(record):
     results = load_results(record.uri)
     assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
     assert results.ignored == ["cells/other.parquet"]
+
+
+def test_foreign_files_disturb_no_folder(record):
+    commit(record, "k1")
+    record.fail(cell("k2", error="no", error_type="CellError"))
+    record.put_json(
+        "sweeps/s1.json", {"id": "s1", "name": "one", "config": {}, "keys": ["k1", "k2"], "labels": {}, "skipped": []}
+    )
+    for folder in ("failed", "cells", "metrics", "items", "layers"):
+        pq.write_table(pa.table({"something": [1]}), f"{record.root}/{folder}/other.parquet")
+    record.put("sweeps/half.json", b'{"id": "s2", "na')
+    record.put("sweeps/mine.json", b"[1, 2]")
+    results = load_results(record.uri)
+    assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
+    assert [r["key"] for r in results.rows("select key from failed")] == ["k2"]
+    (sweep,) = status(record.uri)["sweeps"]
+    assert (sweep["done"], sweep["failed"], sweep["left"]) == (1, 1, 0)
 
 
 def test_newer_schema_is_refused(record, monkeypatch):
