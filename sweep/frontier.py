@@ -444,6 +444,7 @@ def _probability(
 
 def render_frontier(frontier: Frontier, results: Results, console: Console, limit: int = 40) -> None:
     """Table of the frontier (not of what is dominated) and a scatter plot of its first two objectives."""
+    from rich.markup import escape
     from rich.table import Table
 
     from .effects import label
@@ -478,12 +479,17 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
         table.add_column("vs small dense")
     for row in shown:
         cell = cells[row["key"]]
-        line = [row["key"][:8], cell["model"], names[row["key"]], *(number(row[n]) for n in frontier.objectives)]
+        line = [
+            row["key"][:8],
+            escape(cell["model"]),
+            escape(names[row["key"]]),
+            *(number(row[n]) for n in frontier.objectives),
+        ]
         if frontier.basis:
             line.append("-" if row["probability"] is None else f"{row['probability']:.2f}")
         if small:
             v = row["vs_small_dense"]
-            line.append(f"{v['verdict']} ({v['model']})" if v else "")
+            line.append(escape(f"{v['verdict']} ({v['model']})") if v else "")
         table.add_row(*line)
     console.print(table)
     if len(frontier.objectives) >= 2 and complete >= 3 and total <= _DETAIL:
