@@ -11,6 +11,7 @@ import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
 from comptrust.sweep.claims import claims, render_claims
+from comptrust.sweep.effects import Effects
 from comptrust.sweep.importer import SHEET
 from comptrust.sweep.recommend import recommend
 from comptrust.sweep.results import load_results
@@ -130,8 +131,6 @@ def test_verdicts_from_items(items_record):
 
 
 def test_effects_against_hand_computed(items_record):
-    from comptrust.sweep.effects import Effects
-
     e = Effects(items_record)
     row = next(r for r in e.rows.values() if r["bits"] == 4)
     x = e.of(row["key"])["ethics"]
@@ -144,8 +143,6 @@ def test_effects_against_hand_computed(items_record):
 
 def test_clustered_effects_are_not_mcnemar(tmp_path):
     """Ten samples of each of 20 prompts, all samples of a prompt alike: 20 observations, not 200."""
-    from comptrust.sweep.effects import Effects
-
     record = Record(tmp_path)
     dense, cell = [True] * 200, [i // 10 % 5 != 0 for i in range(200)]
     write_cell(record, "dense", {"stereotype": answers("stereotype", dense, samples=10)})
@@ -156,6 +153,22 @@ def test_clustered_effects_are_not_mcnemar(tmp_path):
     assert x.transitions["unbiased_to_biased"] == 40
 
 
+def test_counts_of_prompts_do_not_test_a_mean_over_scenarios(tmp_path):
+    """60 of 400 lost in one scenario, 6 of 10 won in the other: the score rises by 22.5 points, which the counts do not show."""
+    r = Record(tmp_path)
+
+    def asked(task, right):
+        more = {"scenario": f"alpaca/{task}", "target": {"task": task, "label": 1}}
+        rows = answers("adversarial", right)
+        return [{**x, **more, "item": f"{task}/{i}", "cluster": f"{task}{i}"} for i, x in enumerate(rows)]
+
+    write_cell(r, "dense", {"adversarial": asked("sst2", [True] * 400) + asked("mnli", [False] * 10)})
+    cell = asked("sst2", [False] * 60 + [True] * 340) + asked("mnli", [True] * 6 + [False] * 4)
+    key = write_cell(r, "rtn", {"adversarial": cell}, bits=4)
+    effect = Effects(load_results(tmp_path)).of(key)["adversarial"]
+    assert effect.delta == pytest.approx(22.5) and effect.test == "bootstrap" and effect.p > 0.001
+
+
 def test_no_dense_no_claims(tmp_path):
     write_cell(Record(tmp_path), "rtn", {"ethics": answers("ethics", [True] * 4)}, bits=4)
     with pytest.raises(BadInput, match="both a dense and a compressed cell"):
@@ -164,8 +177,6 @@ def test_no_dense_no_claims(tmp_path):
 
 def test_seeds_of_one_configuration_are_found(tmp_path):
     """Digest, key and seed differ between calibration seeds; source, samples and parameters do not."""
-    from comptrust.sweep.effects import Effects
-
     r, common = Record(tmp_path), {"calibration": "builtin", "samples": 4, "bits": 4}
     write_cell(r, "dense", {"ethics": answers("ethics", [True] * 50)})
     keys = [
