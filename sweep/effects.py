@@ -137,7 +137,8 @@ class Effects:
 
     def _build(self) -> None:
         compared = [k for k, r in self.rows.items() if (r["method"] != "dense" or self.pairs) and self.dense(k) is not None]
-        self.items = items = ItemScores(self.results, self.rows)
+        asked = self.rows if self.pairs is None else {*self.pairs, *self.pairs.values()}
+        self.items = items = ItemScores(self.results, asked)
         effects: list[Effect] = []
         for dimension in DIMENSIONS:
             effects += self._dimension(dimension, compared, items)

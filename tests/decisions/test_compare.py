@@ -11,6 +11,7 @@ from comptrust.actors.record import Record
 from comptrust.sweep.alarms import alarms, render_alarms
 from comptrust.sweep.claims import claims, render_claims
 from comptrust.sweep.compare import compare, render_comparison
+from comptrust.sweep.effects import Effects
 from comptrust.sweep.frontier import pareto, render_frontier
 from comptrust.sweep.recommend import recommend, render_recommendation
 from comptrust.sweep.results import load_results
@@ -61,6 +62,12 @@ def test_two_compressed_cells(three):
     assert forth.effects[0].delta == pytest.approx(-back.effects[0].delta)
     assert forth.effects[0].transitions["right_to_wrong"] == back.effects[0].transitions["wrong_to_right"] > 0
     assert compare(results, dense, a).effects[0].delta > 0  # a dense cell may be named with --to
+
+
+def test_a_comparison_reads_the_items_of_its_two_cells(three):
+    results, dense, a, b = three
+    read = Effects(results, pairs={a: dense}).items
+    assert [read.parts("ethics", key) is not None for key in (a, dense, b)] == [True, True, False]
 
 
 def test_published_metrics_are_compared(published_summary):
