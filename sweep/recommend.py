@@ -380,8 +380,8 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
         reasons = [f"{first.cell} is the smallest of {len(good)} qualifying cells ({_size(first)})", *first.reasons]
         change = [_would_admit(c, limits) for c in others if _order(c) < _order(first)]
         if second:
-            bound = first.binding.upper
-            after = next((c for c in good[1:] if c.binding.upper < bound), None)
+            bound = _excess(first)
+            after = next((c for c in good[1:] if _excess(c) < bound), None)
             change.append(
                 f"a limit under {bound:.1f} points ({first.binding.dimension}) drops {first.cell}; "
                 + (f"next is {after.cell} ({_size(after)})" if after else "none is left")
