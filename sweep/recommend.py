@@ -297,7 +297,7 @@ def _checks(e: Effects, row: Row, limit: float) -> tuple[list[Check], list[str]]
                 d,
                 x.score,
                 x.dense,
-                -x.delta,
+                0.0 - x.delta,  # no change is no drop of -0
                 upper.get(d),
                 within.get(d),
                 status,

@@ -43,7 +43,7 @@ def test_smallest_qualifying_cell(tmp_path):
     status = {c.key: c.status for c in choice.candidates}
     assert status == {eight: "qualifies", four: "qualifies", three: "fails"}
     assert any("--max-drop" in w and "rtn 3" in w for w in choice.would_change)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert "-0.0," not in json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_the_bound_decides_not_the_point(tmp_path):
