@@ -269,7 +269,7 @@ def render_claims(found: Claims, console: Console) -> None:
         return
     table = Table(title="Claims, expected against observed", show_lines=True)
     for name in ("claim", "base model", "verdict", "basis", "observed"):
-        table.add_column(name, no_wrap=name == "verdict")
+        table.add_column(name, no_wrap=name == "verdict", overflow="fold")
     for claim in found.claims:
         for i, f in enumerate(found.of(claim.id)):
             title = f"[bold]{claim.id} {claim.title}[/]\n{claim.expected}" if i == 0 else ""
@@ -293,7 +293,8 @@ def render_claims(found: Claims, console: Console) -> None:
             "worst change",
             "mean MMLU change",
         ):
-            counts.add_column(name, justify="left" if name in ("rate", "size, evaluation", "worst change") else "right")
+            left = name in ("rate", "size, evaluation", "worst change")
+            counts.add_column(name, justify="left" if left else "right", overflow="fold")
         for g in found.groups:
             worst = "no score left"
             if g.worst is not None:
@@ -305,7 +306,7 @@ def render_claims(found: Claims, console: Console) -> None:
     if found.correlations:
         rows = Table(title="Correlation of MMLU change with trust change over compressed cells")
         for name in ("size, evaluation", "dimension", "r", "95% interval", "n", ""):
-            rows.add_column(name, justify="right" if name in ("r", "n") else "left")
+            rows.add_column(name, justify="right" if name in ("r", "n") else "left", overflow="fold")
         for c in sorted(found.correlations, key=lambda c: (c["size"], -c["r"])):
             bar = ("+" if c["r"] > 0 else "-") * round(abs(c["r"]) * 20)
             rows.add_row(c["size"], c["dimension"], f"{c['r']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}", str(c["n"]), bar)

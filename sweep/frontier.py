@@ -468,15 +468,15 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
         caption=_caption(frontier, total - complete),
     )
     table.add_column("cell", no_wrap=True)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("what", no_wrap=True)
     for name in frontier.objectives:
-        table.add_column(f"{name} {'min' if name in frontier.minimise else 'max'}", justify="right")
+        table.add_column(f"{name} {'min' if name in frontier.minimise else 'max'}", justify="right", overflow="fold")
     if frontier.basis:
-        table.add_column("probability", justify="right")
+        table.add_column("probability", justify="right", overflow="fold")
     small = any(r["vs_small_dense"] for r in shown)
     if small:
-        table.add_column("vs small dense")
+        table.add_column("vs small dense", overflow="fold")
     for row in shown:
         cell = cells[row["key"]]
         line = [
@@ -532,7 +532,7 @@ def filled_table(columns: Mapping[str, str], rows: Sequence[Sequence[str]], **op
     kept = [i for i in range(len(columns)) if any(row[i] not in ("", "-") for row in rows)]
     for i, (name, justify) in enumerate(columns.items()):
         if i in kept:
-            table.add_column(name, justify=justify)
+            table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(row[i] for i in kept))
     return table

@@ -599,7 +599,7 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
             console.print(f"  [dim]would change it:[/] {escape(change)}")
     rules = Table(title="The paper's rules, by the rows here")
     for name in ("rule", "supports", "contradicts", "counted"):
-        rules.add_column(name)
+        rules.add_column(name, overflow="fold")
     for rule in found.rules:
         rules.add_row(rule.rule, _some(rule.supports), _some(rule.contradicts), rule.note)
     console.print(rules)
