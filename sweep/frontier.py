@@ -339,7 +339,11 @@ def _ranks(values: np.ndarray, complete: np.ndarray, up: Sequence[bool]) -> np.n
     rank = np.zeros(len(values), int)
     # Equal rows share a rank: pareto_rank breaks ties by order, so it sees each distinct row once.
     distinct, inverse = np.unique(_without_infinity(values[complete]), axis=0, return_inverse=True)
-    rank[complete] = np.asarray(moocore.pareto_rank(distinct, maximise=list(up)))[inverse.ravel()] + 1
+    if len(up) == 1:  # moocore 0.3.2 ranks a single objective as if more were better, whatever it is told
+        ranks = np.arange(len(distinct))[:: -1 if up[0] else 1]
+    else:
+        ranks = np.asarray(moocore.pareto_rank(distinct, maximise=list(up)))
+    rank[complete] = ranks[inverse.ravel()] + 1
     return rank
 
 

@@ -12,7 +12,7 @@ import pytest
 from comptrust.actors.cell import DIMENSIONS
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
-from comptrust.sweep.frontier import nondominated, pareto, render_frontier
+from comptrust.sweep.frontier import _ranks, nondominated, pareto, render_frontier
 from comptrust.sweep.results import load_results
 from comptrust.sweep.summary import print_rows
 from decision_records import answers, write_cell
@@ -91,6 +91,16 @@ def test_cells_asked_different_questions_are_not_compared(tmp_path):
     with pytest.raises(BadInput, match=r"in 2 ways .*suite = 'standard'"):
         pareto(results, ["size_bytes"], ["mmlu"], probability=False)
     assert pareto(results, ["size_bytes"], ["mmlu"], "suite = 'smoke'", probability=False).frontier_keys() == [smoke]
+
+
+@pytest.mark.parametrize("up", [[False], [True], [False, True]])
+def test_rank_is_the_frontier_without_the_ranks_before(up):
+    values = np.random.default_rng(0).integers(0, 6, (40, len(up))).astype(float)
+    left, number, expected = np.ones(40, bool), 1, np.zeros(40, int)
+    while left.any():
+        on = brute(np.where(left[:, None], values, np.nan), up)
+        expected[on], left, number = number, left & ~on, number + 1
+    assert (_ranks(values, np.ones(40, bool), up) == expected).all()
 
 
 def test_hypervolume_by_hand(tmp_path):
