@@ -455,7 +455,8 @@ def _would_admit(c: Candidate, limits: Limits) -> str | None:
     b = c.binding
     if c.status == INVALID or b is None or b.upper is None:
         return None
-    if b.upper > limits["max_drop"]:
+    by_drop = c.status == UNDECIDED or any(x.status == FAILS for x in c.checks)  # not by size, speed or another evaluation
+    if by_drop and b.upper > limits["max_drop"]:
         return f"--max-drop {math.ceil(b.upper)} would about admit {c.cell} (bound {b.upper:.1f} in {b.dimension})"
     return f"{c.cell}: {c.reasons[0]}"
 

@@ -187,6 +187,12 @@ def test_constraints(tmp_path):
     assert recommend(results, where="bits = 8").cell == eight
 
 
+def test_a_looser_limit_is_not_offered_to_a_cell_that_is_too_slow(tmp_path):
+    results, _ = record(tmp_path, 1000, [(cell(8, 8000), 0), (cell(4, 4000) | {"decode_tokens_s": 2.0}, 45)])
+    (change,) = recommend(results, min_tokens_s=10).choices[0].would_change
+    assert change == "rtn 4: 2 tokens/s (limit 10)"
+
+
 def test_unmeasured_size_is_no_pass(tmp_path):
     results, _ = record(tmp_path, 1000, [({"bits": 4}, 0)])
     found = recommend(results, max_size_gb=1)
