@@ -164,8 +164,22 @@ class Record:
             return None
 
     def get_json(self, path: str) -> Any | None:
-        data = self.get(path)
-        return None if data is None else json.loads(data)
+        """A JSON file, or None if it is absent or is no whole one."""
+        try:
+            return json.loads(self.get(path) or b"null")
+        except ValueError:
+            return None
+
+    def sweeps(self) -> list[dict[str, Any]]:
+        """What ``sweeps/`` holds, foreign files left out."""
+        found = [self.get_json(path) for path in self.list("sweeps", ".json")]
+        return [s for s in found if isinstance(s, dict) and {"id", "name", "config", "keys"} <= s.keys()]
+
+    def failures(self) -> pa.Table:
+        """All failed attempts, foreign files left out."""
+        tables = [self.get_table(path) for path in self.list("failed")]
+        ours = [t.select(CELLS.names).cast(CELLS) for t in tables if t is not None and set(CELLS.names) <= set(t.column_names)]
+        return pa.concat_tables([CELLS.empty_table(), *ours])
 
     def get_table(self, path: str) -> pa.Table | None:
         """A part, or None if it is absent or is no whole Parquet file of ours; a newer schema is ``BadInput``."""

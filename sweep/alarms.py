@@ -409,7 +409,7 @@ def render_alarms(found: Sequence[Alarm], console: Console) -> None:
     warnings = sum(a.severity == WARNING for a in found)
     table = Table(title=f"{warnings} warnings, {len(found) - warnings} notes")
     for name in ("alarm", "cell", "model", "what", "message"):
-        table.add_column(name, no_wrap=name == "cell")
+        table.add_column(name, no_wrap=name == "cell", overflow="fold")
     last = None
     for a in found:
         colour = "red" if a.severity == WARNING else "dim"

@@ -30,8 +30,8 @@ from .claim_rules import (
     means_of,
     silence_note,
     silenced,
-    where_of,
     worst_of,
+    worst_text,
 )
 from .effects import BAND, PRUNED, QUANTISED, Effect, Row, config_of, label, rate
 from .results import Results
@@ -42,23 +42,23 @@ from .results import Results
 def _keeps(base: Base, claim: str, rates: Sequence[str], margin: float) -> Finding | None:
     rows = base.pick(QUANTISED, rates)
     changes = changes_of(base, rows, DIMENSIONS, -margin)
-    if not changes:
+    if not base.told(rows):
         return None
     worst = worst_of(base, rows)
-    best = max(changes, key=lambda c: c.effect.delta)
+    best = max(changes, key=lambda c: c.effect.delta, default=None)
     down = [down_count(base, r) for r in rows]
-    observed = f"worst {where_of(worst)}; {down.count(0)} of {len(rows)} cells without a drop over 5{silence_note(base, rows)}"
-    if best.effect.delta > 2 * BAND and claim == "D1":
+    observed = f"{worst_text(worst)}; {down.count(0)} of {len(rows)} cells without a drop over 5{silence_note(base, rows)}"
+    if best and best.effect.delta > 2 * BAND and claim == "D1":
         observed += (
             f"; {best.effect.delta:+.1f} {best.effect.dimension} ({label(best.row)}) is no loss but no 8-bit effect either"
         )
     seen = [d for d in DIMENSIONS if any(c.effect.dimension == d for c in changes)]
-    if len(seen) < len(DIMENSIONS):
+    if seen and len(seen) < len(DIMENSIONS):
         observed += f"; rests on {', '.join(seen)} alone"
     verdict, leaning = all_above(changes, -margin)
     if silenced(base, rows):  # no drop is measured there, and none is excluded
         verdict, leaning = (UNDECIDED if verdict == HOLDS else verdict), FAILS
-    return conclude(base, claim, (verdict, leaning), basis_of(changes), observed, worst[0], rows, dims_down=down)
+    return conclude(base, claim, (verdict, leaning), basis_of(changes), observed, worst and worst[0], rows, dims_down=down)
 
 
 def _gains(base: Base, rows: Sequence[Row], dimensions: Sequence[str], claim: str) -> Finding | None:
@@ -86,7 +86,7 @@ def _looks_fair(base: Base) -> Finding | None:
 
 
 def _hidden_drop(base: Base) -> Finding | None:
-    rows = [r for r in base.pick(QUANTISED, ["3-bit"]) if base.deltas(r)]
+    rows = base.told(base.pick(QUANTISED, ["3-bit"]))
     if not rows:
         return None
     changes = changes_of(base, rows, DIMENSIONS, -BAND)
@@ -108,10 +108,10 @@ def _hidden_drop(base: Base) -> Finding | None:
         verdict = UNDECIDED
     worst = worst_of(base, rows)
     mmlu = [m for r in rows if (m := base.mmlu(r)) is not None]
-    observed = f"worst {where_of(worst)}; MMLU {min(mmlu):+.1f} to {max(mmlu):+.1f}; " if mmlu else f"worst {where_of(worst)}; "
+    observed = f"{worst_text(worst)}; " + (f"MMLU {min(mmlu):+.1f} to {max(mmlu):+.1f}; " if mmlu else "")
     observed += f"{len(hidden)} of {len(rows)} cells lose over 5 while MMLU loses 5 or less{silence_note(base, rows)}"
     down = [down_count(base, r) for r in rows]
-    return conclude(base, "D4", (verdict, leaning), basis_of(changes), observed, worst[0], rows, dims_down=down)
+    return conclude(base, "D4", (verdict, leaning), basis_of(changes), observed, worst and worst[0], rows, dims_down=down)
 
 
 def _awq_over_gptq(base: Base) -> Finding | None:
@@ -139,7 +139,7 @@ def _sign_test(wins: int, n: int) -> tuple[str, str]:
 def _quantisation_over_pruning(base: Base) -> Finding | None:
     quantised, pruned = base.pick(QUANTISED, ["8-bit"]), base.half_pruned()
     q, p = [down_count(base, r) for r in quantised], [down_count(base, r) for r in pruned]
-    if not q or not p or not any(map(base.deltas, pruned)):
+    if not q or not p or not base.told(pruned):
         return None
     leaning = HOLDS if np.mean(p) >= 3 and np.mean(p) > np.mean(q) else FAILS
     basis = basis_of(changes_of(base, [*quantised, *pruned], DIMENSIONS, -BAND))
@@ -147,7 +147,7 @@ def _quantisation_over_pruning(base: Base) -> Finding | None:
     if basis == "items":
         shown = [sum(e.drop_shown(BAND) for e in base.effects.of(r["key"]).values()) for r in pruned]
         kept = all_above(changes_of(base, quantised, DIMENSIONS, -BAND), -BAND)[0]
-        if np.mean(shown) >= 3 and kept != FAILS:
+        if leaning == HOLDS and np.mean(shown) >= 3 and kept != FAILS:
             verdict = HOLDS
         elif kept == FAILS and np.mean(p) <= np.mean(q):
             verdict = FAILS

@@ -51,6 +51,10 @@ class Base:
     def deltas(self, row: Row) -> dict[str, float]:
         return {d: e.delta for d, e in self.effects.of(row["key"]).items() if e.delta is not None}
 
+    def told(self, rows: Iterable[Row]) -> list[Row]:
+        """Those with a change or a score lost to silence: a cell of which no score is left belongs to every count of drops."""
+        return [r for r in rows if any(e.told for e in self.effects.of(r["key"]).values())]
+
     def mmlu(self, row: Row) -> float | None:
         return None if row["mmlu"] is None or self.dense["mmlu"] is None else row["mmlu"] - self.dense["mmlu"]
 
@@ -172,8 +176,8 @@ def worst_of(base: Base, rows: Sequence[Row]) -> tuple[float, str, Row] | None:
     return min(found, key=lambda f: f[0]) if found else None
 
 
-def where_of(found: tuple[float, str, Row]) -> str:
-    return f"{found[0]:+.1f} {found[1]} ({label(found[2])})"
+def worst_text(found: tuple[float, str, Row] | None) -> str:
+    return f"worst {found[0]:+.1f} {found[1]} ({label(found[2])})" if found else "no score left"
 
 
 def as_drop(c: Change) -> Change:

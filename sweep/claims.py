@@ -47,8 +47,8 @@ class Group:
     dims_down_mean: float
     dims_down_max: int
     cells_without_drop: int
-    worst_delta: float
-    worst: dict[str, Any]
+    worst_delta: float | None  # None: of no cell a score is left
+    worst: dict[str, Any] | None
     mean_mmlu_delta: float | None
 
 
@@ -225,18 +225,20 @@ def groups(bases: Sequence[Base]) -> list[Group]:
     for suite, size in sorted({(b.suite, size_of(b.dense)) for b in bases}):
         chosen = [b for b in bases if (b.suite, size_of(b.dense)) == (suite, size)]
         for name, pick in picks.items():
-            cells = [(b, r) for b in chosen for r in pick(b) if b.deltas(r)]
+            cells = [(b, r) for b in chosen for r in b.told(pick(b))]
             if not cells:
                 continue
             down = [down_count(b, r) for b, r in cells]
-            worst = min(((*found, b.model) for b, r in cells if (found := worst_of(b, [r]))), key=lambda f: f[0])
+            worst = min(((*found, b.model) for b, r in cells if (found := worst_of(b, [r]))), key=lambda f: f[0], default=None)
             mmlu = [m for b, r in cells if (m := b.mmlu(r)) is not None]
-            where = {"model": worst[3], "dimension": worst[1], "key": worst[2]["key"], "label": label(worst[2])}
+            where = worst and {
+                "model": worst[3], "dimension": worst[1], "key": worst[2]["key"], "label": label(worst[2]),
+            }  # fmt: skip
             names = sorted({b.model for b, _ in cells})
             change = float(np.mean(mmlu)) if mmlu else None
             out.append(
                 Group(name, f"{size} {suite}".strip(), len(cells), names, float(np.mean(down)), max(down), down.count(0),
-                      worst[0], where, change)
+                      worst and worst[0], where, change)
             )  # fmt: skip
     return out
 
@@ -267,7 +269,7 @@ def render_claims(found: Claims, console: Console) -> None:
         return
     table = Table(title="Claims, expected against observed", show_lines=True)
     for name in ("claim", "base model", "verdict", "basis", "observed"):
-        table.add_column(name, no_wrap=name == "verdict")
+        table.add_column(name, no_wrap=name == "verdict", overflow="fold")
     for claim in found.claims:
         for i, f in enumerate(found.of(claim.id)):
             title = f"[bold]{claim.id} {claim.title}[/]\n{claim.expected}" if i == 0 else ""
@@ -291,9 +293,12 @@ def render_claims(found: Claims, console: Console) -> None:
             "worst change",
             "mean MMLU change",
         ):
-            counts.add_column(name, justify="left" if name in ("rate", "size, evaluation", "worst change") else "right")
+            left = name in ("rate", "size, evaluation", "worst change")
+            counts.add_column(name, justify="left" if left else "right", overflow="fold")
         for g in found.groups:
-            worst = f"{g.worst_delta:+.1f} {g.worst['dimension']} ({g.worst['model']} {g.worst['label']})"
+            worst = "no score left"
+            if g.worst is not None:
+                worst = f"{g.worst_delta:+.1f} {g.worst['dimension']} ({g.worst['model']} {g.worst['label']})"
             mmlu = "-" if g.mean_mmlu_delta is None else f"{g.mean_mmlu_delta:+.1f}"
             counts.add_row(g.group, g.size, str(g.cells), f"{g.dims_down_mean:.2f}", str(g.dims_down_max),
                            f"{g.cells_without_drop} of {g.cells}", escape(worst), mmlu)  # fmt: skip
@@ -301,7 +306,7 @@ def render_claims(found: Claims, console: Console) -> None:
     if found.correlations:
         rows = Table(title="Correlation of MMLU change with trust change over compressed cells")
         for name in ("size, evaluation", "dimension", "r", "95% interval", "n", ""):
-            rows.add_column(name, justify="right" if name in ("r", "n") else "left")
+            rows.add_column(name, justify="right" if name in ("r", "n") else "left", overflow="fold")
         for c in sorted(found.correlations, key=lambda c: (c["size"], -c["r"])):
             bar = ("+" if c["r"] > 0 else "-") * round(abs(c["r"]) * 20)
             rows.add_row(c["size"], c["dimension"], f"{c['r']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}", str(c["n"]), bar)

@@ -113,7 +113,17 @@ def render_comparison(found: Comparison, console: Console, layers: int = 8) -> N
 
     title = f"{found.model}: {found.cell} ({found.key[:8]}) against {found.other} ({found.to[:8]}), {found.suite}"
     if found.effects:
-        console.print(filled_table(_COLUMNS, [_effect(e) for e in found.effects], title=escape(title)))
+        rows = [_effect(e) for e in found.effects]
+        table = filled_table(_COLUMNS, rows, title=escape(title))
+        if console.measure(table, options=console.options.update(width=1_000)).minimum <= console.width:
+            console.print(table)
+        else:  # columns too narrow for their numbers would cut them
+            console.print(title, markup=False)
+            for dimension, *values in rows:
+                known = [
+                    f"{name} {value}" for name, value in zip(list(_COLUMNS)[1:], values, strict=True) if value not in ("", "-")
+                ]
+                console.print(f"[bold]{dimension}[/]: {' · '.join(known)}", highlight=False)
     else:
         console.print(f"{title}: no trust dimension was evaluated", markup=False)
     pairs = Table(title="Utility, divergence, cost")

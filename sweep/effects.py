@@ -2,8 +2,8 @@
 
 The estimate is the dimension's own formula on the stored items; its uncertainty comes from leaving out one cluster (source
 prompt) at a time in both cells alike (paired jackknife), which works for any formula a task has, and feeds the paired
-bootstrap. Where a binary dimension asks each prompt once, the test is McNemar's. Without items: spread over calibration
-seeds, or the bare point.
+bootstrap. Where a binary dimension asks each prompt once and counts them alike, the test is McNemar's. Without items: spread
+over calibration seeds, or the bare point.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class Effect:
     def silenced(self) -> bool:
         """The dense model has a score here and the cell, asked the same, has none: most of its answers fell silent."""
         return self.dense is not None and self.score is None and self.refusal_change is not None
+
+    @property
+    def told(self) -> bool:
+        """There is a change in points, or a score that was lost to silence."""
+        return self.delta is not None or self.silenced
 
     @property
     def down(self) -> bool:
@@ -132,7 +137,8 @@ class Effects:
 
     def _build(self) -> None:
         compared = [k for k, r in self.rows.items() if (r["method"] != "dense" or self.pairs) and self.dense(k) is not None]
-        self.items = items = ItemScores(self.results, self.rows)
+        asked = self.rows if self.pairs is None else {*self.pairs, *self.pairs.values()}
+        self.items = items = ItemScores(self.results, asked)
         effects: list[Effect] = []
         for dimension in DIMENSIONS:
             effects += self._dimension(dimension, compared, items)
@@ -244,8 +250,10 @@ class ItemScores:
         p, test = None, "bootstrap"
         if cell.once and dense.once:
             x, y = dense.once, cell.once
-            lost = sum(x[c] > y[c] for c in clusters)
-            p, test = st.mcnemar(lost, sum(x[c] < y[c] for c in clusters)), "mcnemar"
+            lost, won = sum(x[c] > y[c] for c in clusters), sum(x[c] < y[c] for c in clusters)
+            # Where scenarios of unequal size count alike, counts of prompts are not the change: they may even go the other way.
+            if math.isclose(abs(won - lost) / len(clusters), abs(float(np.mean(a - b))) / 100, abs_tol=1e-9):
+                p, test = st.mcnemar(lost, won), "mcnemar"
         return _PairedItems(a - b, test, p)
 
     def one_answer(self, dimension: str, key: str) -> tuple[float, Any] | None:
@@ -294,7 +302,7 @@ class Parts:
         self.clusters = list(dict.fromkeys(c for pairs in self.cells.values() for c, _ in pairs))
         values = [(c, v) for pairs in self.cells.values() for c, v in pairs]
         binary = all(v in (0.0, 1.0) for _, v in values)
-        #: cluster -> value where each prompt was asked once with a binary answer (McNemar applies), else None
+        #: cluster -> value where each prompt was asked once with a binary answer, else None
         self.once = dict(values) if binary and len(values) == len(self.clusters) else None
         self._pseudo: dict[tuple[Hashable, ...], np.ndarray | None] = {}
 

@@ -21,8 +21,7 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
     results = load_results(uri)
     key = results.find(prefix)
     row = results.rows("select * from results where key = ?", [key])[0]
-    for path in results.record.list("sweeps", ".json"):
-        sweep = results.record.get_json(path)
+    for sweep in results.record.sweeps():
         for form in [sweep, *sweep.get("earlier", [])]:
             if key not in form["keys"]:
                 continue

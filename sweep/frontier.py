@@ -339,7 +339,11 @@ def _ranks(values: np.ndarray, complete: np.ndarray, up: Sequence[bool]) -> np.n
     rank = np.zeros(len(values), int)
     # Equal rows share a rank: pareto_rank breaks ties by order, so it sees each distinct row once.
     distinct, inverse = np.unique(_without_infinity(values[complete]), axis=0, return_inverse=True)
-    rank[complete] = np.asarray(moocore.pareto_rank(distinct, maximise=list(up)))[inverse.ravel()] + 1
+    if len(up) == 1:  # moocore 0.3.2 ranks a single objective as if more were better, whatever it is told
+        ranks = np.arange(len(distinct))[:: -1 if up[0] else 1]
+    else:
+        ranks = np.asarray(moocore.pareto_rank(distinct, maximise=list(up)))
+    rank[complete] = ranks[inverse.ravel()] + 1
     return rank
 
 
@@ -367,17 +371,17 @@ def smaller_dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Compressed cell -> the largest dense cell of its family with fewer parameters than its own model, same evaluation."""
     from .effects import family
 
-    dense = [r for r in rows if r["method"] == "dense" and r["parameters"]]
+    families = {m: family(m) for m in {r["model"] for r in rows}}
+    dense = {r["key"]: r for r in rows if r["method"] == "dense" and r["parameters"]}
+    relatives: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for d in dense.values():
+        relatives.setdefault((d["evaluation"], families[d["model"]]), []).append(d)
     out = {}
     for row in rows:
         if row["method"] == "dense" or not row["parameters"]:
             continue
-        own = next((d["parameters"] for d in dense if d["key"] == row["dense_key"]), row["parameters"])
-        fits = [
-            d
-            for d in dense
-            if d["parameters"] < own and d["evaluation"] == row["evaluation"] and family(d["model"]) == family(row["model"])
-        ]
+        own = dense.get(row["dense_key"], row)["parameters"]
+        fits = [d for d in relatives.get((row["evaluation"], families[row["model"]]), ()) if d["parameters"] < own]
         if fits:
             out[row["key"]] = max(fits, key=lambda d: d["parameters"])["key"]
     return out
@@ -444,6 +448,7 @@ def _probability(
 
 def render_frontier(frontier: Frontier, results: Results, console: Console, limit: int = 40) -> None:
     """Table of the frontier (not of what is dominated) and a scatter plot of its first two objectives."""
+    from rich.markup import escape
     from rich.table import Table
 
     from .effects import label
@@ -467,23 +472,28 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
         caption=_caption(frontier, total - complete),
     )
     table.add_column("cell", no_wrap=True)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("what", no_wrap=True)
     for name in frontier.objectives:
-        table.add_column(f"{name} {'min' if name in frontier.minimise else 'max'}", justify="right")
+        table.add_column(f"{name} {'min' if name in frontier.minimise else 'max'}", justify="right", overflow="fold")
     if frontier.basis:
-        table.add_column("probability", justify="right")
+        table.add_column("probability", justify="right", overflow="fold")
     small = any(r["vs_small_dense"] for r in shown)
     if small:
-        table.add_column("vs small dense")
+        table.add_column("vs small dense", overflow="fold")
     for row in shown:
         cell = cells[row["key"]]
-        line = [row["key"][:8], cell["model"], names[row["key"]], *(number(row[n]) for n in frontier.objectives)]
+        line = [
+            row["key"][:8],
+            escape(cell["model"]),
+            escape(names[row["key"]]),
+            *(number(row[n]) for n in frontier.objectives),
+        ]
         if frontier.basis:
             line.append("-" if row["probability"] is None else f"{row['probability']:.2f}")
         if small:
             v = row["vs_small_dense"]
-            line.append(f"{v['verdict']} ({v['model']})" if v else "")
+            line.append(escape(f"{v['verdict']} ({v['model']})") if v else "")
         table.add_row(*line)
     console.print(table)
     if len(frontier.objectives) >= 2 and complete >= 3 and total <= _DETAIL:
@@ -526,7 +536,7 @@ def filled_table(columns: Mapping[str, str], rows: Sequence[Sequence[str]], **op
     kept = [i for i in range(len(columns)) if any(row[i] not in ("", "-") for row in rows)]
     for i, (name, justify) in enumerate(columns.items()):
         if i in kept:
-            table.add_column(name, justify=justify)
+            table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(row[i] for i in kept))
     return table

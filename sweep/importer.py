@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ..actors.cell import digest
 from ..actors.errors import BadInput
 from ..actors.record import UTILITY, Record
+from .effects import PRUNED
 
 FORMATS = ("comp-trust-sheet", "beyond-perplexity")
 #: Scores of the sheet by our dimension.
@@ -167,6 +168,19 @@ def _number(where: str, row: Mapping[str, str], column: str) -> float | None:
     return value
 
 
+def _within(where: str, row: Mapping[str, str], column: str, most: float) -> float | None:
+    value = _number(where, row, column)
+    if value is not None and not 0 <= value <= most:
+        raise BadInput(f"{column} is {value:g}, expected 0 to {most:g}", where=where)
+    return value
+
+
+def _named(where: str, name: str, column: str) -> str:
+    if not name:
+        raise BadInput(f"{column} is empty", where=where, fix="Give every row its model.")
+    return name
+
+
 def parameters_of(name: str) -> int | None:
     """Nominal parameter count in a model name (``Llama-2-13b``: 13 billion, ``SmolLM2-135M``: 135 million), None if unsaid."""
     found = re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", name.lower())
@@ -184,13 +198,17 @@ def _pattern(text: str) -> tuple[str, float] | None:
 
 def _sheet_row(where: str, row: Mapping[str, str]) -> _Row:
     """A row of the sheet, or of a leaderboard with the same score columns: what is absent is read from ``Model``."""
-    name = row["Model"]
+    name = _named(where, row["Model"], "Model")
     stated = row.get("Method Subtype", "").lower()
     named = _method_in(name)
     if stated and stated not in _METHODS:
         raise BadInput(f"unknown method {row['Method Subtype']!r}", where=where, fix=f"One of: {', '.join(_METHODS)}.")
     method = _METHODS[stated] if stated else named or "dense"
-    bits = _number(where, row, "Sparsity/bits")
+    bits, share = _number(where, row, "Sparsity/bits"), None
+    if bits is not None and method in PRUNED and 0 < bits < 1:  # the column holds either
+        bits, share = None, bits
+    elif bits is not None and (bits < 1 or not bits.is_integer()):
+        raise BadInput(f"Sparsity/bits is {bits:g}: no number of bits, and {method} has no sparsity", where=where)
     named_bits = re.search(r"(\d+)bit", name)
     if bits is None and named_bits:
         bits = int(named_bits[1])
@@ -212,7 +230,7 @@ def _sheet_row(where: str, row: Mapping[str, str]) -> _Row:
         "method": method,
         "bits": None if bits is None else int(bits),
         "group_size": int(group[1]) if group else None,
-        "sparsity": float(sparsity[1]) if sparsity else (pattern[1] if pattern else None),
+        "sparsity": float(sparsity[1]) if sparsity else pattern[1] if pattern else share,
         "pattern": pattern[0] if pattern else None,
         "seed": int(seed[1] or seed[2]) if seed else None,
         "parameters": parameters_of(base),
@@ -225,7 +243,7 @@ def _sheet_row(where: str, row: Mapping[str, str]) -> _Row:
     }
     metrics: list[dict[str, Any]] = []
     for dimension, column in SHEET.items():
-        score = _number(where, row, column)
+        score = _within(where, row, column, 100)
         metrics.append({"dimension": dimension, "metric": "score", "value": score})
         metrics.append({"dimension": dimension, "metric": "valid", "value": float(score is not None)})
         refusal = _number(where, row, f"{column} Ref")
@@ -236,7 +254,7 @@ def _sheet_row(where: str, row: Mapping[str, str]) -> _Row:
                 raise BadInput(f"{column} Ref is {refusal:g}, expected {unit}", where=where)
             metrics.append({"dimension": dimension, "metric": "refusal", "value": share})
     for metric, column in (("mmlu", "MMLU"), ("average", "Average")):
-        value = _number(where, row, column)
+        value = _within(where, row, column, 100)
         if value is not None:
             metrics.append({"dimension": UTILITY, "metric": metric, "value": value})
     return _Row(cell, metrics)
@@ -251,11 +269,15 @@ def _method_in(name: str) -> str | None:
 
 
 def _perplexity_row(where: str, row: Mapping[str, str]) -> _Row:
-    base, stated, structure = row["base_model"], row["compression_method"].lower(), row["pruning_structure"]
+    base, stated, structure = (
+        _named(where, row["base_model"], "base_model"),
+        row["compression_method"].lower(),
+        row["pruning_structure"],
+    )
     if stated not in _METHODS:
         raise BadInput(f"unknown method {row['compression_method']!r}", where=where, fix=f"One of: {', '.join(_METHODS)}.")
     method = _METHODS[stated]
-    ratio = _number(where, row, "compression_ratio") or 0.0
+    ratio = _within(where, row, "compression_ratio", 1) or 0.0
     pruned = ratio > 0
     semi = _pattern(structure.partition(":")[2]) if structure.startswith("semistructured") else None
     cell = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import _thread
 import contextlib
 import logging
-import netrc
 import os
 import shutil
 import signal
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from filelock import FileLock, Timeout
 
@@ -137,15 +135,10 @@ def check_writable(record: Record) -> None:
 
 
 def _check_wandb(config: SweepConfig) -> None:
-    """Online mode needs a key before any work: in the environment, or in netrc for the server's host (where `wandb login` puts it)."""
-    if config.wandb.mode != "online" or os.environ.get("WANDB_API_KEY"):
-        return
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    try:
-        found = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        found = None
-    if not found:
+    """Online mode needs a key before any work."""
+    from .wandb_sink import has_key
+
+    if config.wandb.mode == "online" and not has_key():
         raise BadInput(
             "'online' needs an API key, and there is none",
             where="wandb.mode",
@@ -159,8 +152,7 @@ def register(record: Record, config: SweepConfig, grid: Grid) -> str:
     A sweep of the same name in this record keeps its id.
     """
     earlier: list[dict[str, Any]] = []
-    for path in record.list("sweeps", ".json"):
-        known = record.get_json(path)
+    for known in record.sweeps():
         if known["name"] == config.name:
             identity, seen = known["id"], set(grid.keys)
             for form in [known, *known.get("earlier", [])]:  # newest first

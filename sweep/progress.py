@@ -92,7 +92,7 @@ class View:
             for w in snap["workers"]:
                 if w["key"]:
                     self.console.print(
-                        f"  worker {w['id']}: {self.labels.get(w['key'], w['key'])}: {_doing(w)}", highlight=False
+                        f"  worker {w['id']}: {self.labels.get(w['key'], w['key'])}: {_doing(w)}", markup=False, highlight=False
                     )
 
     def _finished(self, row: dict[str, Any], outcome: Any) -> None:

@@ -18,6 +18,7 @@ from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
 from . import statistics as st
 from .effects import BAND, PRUNED, QUANTISED, Effects, Row, clean, label, rate
+from .names import distinct
 from .results import Results
 
 if TYPE_CHECKING:
@@ -141,16 +142,17 @@ def recommend(
     _check_limits(limits)
     e = effects or Effects(results)
     chosen = {r["key"] for r in _chosen(results, where)} if where else set(e.rows)
-    groups: dict[tuple[str, str, str], list[Candidate]] = {}
+    rows: dict[tuple[str, str, str], list[Row]] = {}
     for row in e.rows.values():
         compared = row["method"] != "dense" and e.dense(row["key"]) is not None
         if compared and row["key"] in chosen and (model is None or row["model"] == model):
-            groups.setdefault((row["model"], row["suite"], row["evaluation"] or ""), []).append(_candidate(e, row, limits))
-    if not groups:
+            rows.setdefault((row["model"], row["suite"], row["evaluation"] or ""), []).append(row)
+    if not rows:
         _explain_nothing(e, model)
+    groups = {at: _candidates(e, found, limits) for at, found in rows.items()}
     shown = _shown_elsewhere(e, [c for group in groups.values() for c in group])
     choices = [_choose(e, [_with_shown(c, e, shown) for c in group], limits) for _, group in sorted(groups.items())]
-    best = _best(choices)
+    best = min(choices, key=importance)
     rules = _rules(e)
     summary = _summary(choices, best, limits)
     return Recommendation(
@@ -204,6 +206,10 @@ def _explain_nothing(e: Effects, model: str | None) -> None:
             where="--model",
             fix=f"Did you mean {near[0]}?" if near else f"One of: {', '.join(models)}.",
         )
+    if all(r["method"] == "dense" for r in e.rows.values()):
+        raise BadInput(
+            "only dense cells, nothing compressed", where="RESULTS", fix="Add methods to the sweep and run it again."
+        )
     raise BadInput(
         "no compressed cell with a dense one to compare", where="RESULTS", fix="Let the dense cell finish: run the sweep again."
     )
@@ -212,7 +218,12 @@ def _explain_nothing(e: Effects, model: str | None) -> None:
 # -- one cell -------------------------------------------------------------------------------------------------------------
 
 
-def _candidate(e: Effects, row: Row, limits: Limits) -> Candidate:
+def _candidates(e: Effects, rows: Sequence[Row], limits: Limits) -> list[Candidate]:
+    names = distinct(rows, [label(r) for r in rows])
+    return [_candidate(e, row, name, limits) for row, name in zip(rows, names, strict=True)]
+
+
+def _candidate(e: Effects, row: Row, name: str, limits: Limits) -> Candidate:
     checks, invalid = _checks(e, row, limits["max_drop"])
     hard, unknown = _constraints(row, limits)
     change = limits["max_refusal_change"]
@@ -246,7 +257,7 @@ def _candidate(e: Effects, row: Row, limits: Limits) -> Candidate:
     if missing:
         reasons.append(f"not evaluated: {', '.join(missing)}")
     return Candidate(
-        row["key"], row["model"], row["suite"], label(row), status, reasons, checks, row["size_bytes"], _bits(row),
+        row["key"], row["model"], row["suite"], name, status, reasons, checks, row["size_bytes"], _bits(row),
         row["decode_tokens_s"], row["trust"], row["mmlu"], row["perplexity"],
     )  # fmt: skip
 
@@ -286,7 +297,7 @@ def _checks(e: Effects, row: Row, limit: float) -> tuple[list[Check], list[str]]
                 d,
                 x.score,
                 x.dense,
-                -x.delta,
+                0.0 - x.delta,  # no change is no drop of -0
                 upper.get(d),
                 within.get(d),
                 status,
@@ -339,13 +350,14 @@ def _bits(row: Row) -> float | None:
 # -- one base model ---------------------------------------------------------------------------------------------------------
 
 
-def _order(c: Candidate) -> tuple[float, float, float, str]:
-    """Smallest first (bytes, else bits per weight), then the most trusted; the key settles the rest."""
+def _order(c: Candidate) -> tuple[float, float, float, float, str]:
+    """Smallest first (bytes, else bits per weight), then the most trusted, then the least bound; the key settles the rest."""
     size = c.size_bytes if c.size_bytes is not None else math.inf
     return (
         size,
         c.bits_per_weight if c.bits_per_weight is not None else math.inf,
         math.inf if c.trust is None else -c.trust,
+        _excess(c),
         c.key,
     )
 
@@ -368,10 +380,11 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
         reasons = [f"{first.cell} is the smallest of {len(good)} qualifying cells ({_size(first)})", *first.reasons]
         change = [_would_admit(c, limits) for c in others if _order(c) < _order(first)]
         if second:
-            tighter = first.binding.upper
+            bound = _excess(first)
+            after = next((c for c in good[1:] if _excess(c) < bound), None)
             change.append(
-                f"a limit under {tighter:.1f} points ({first.binding.dimension}) drops {first.cell};"
-                f" next is {second.cell} ({_size(second)})"
+                f"a limit under {bound:.1f} points ({first.binding.dimension}) drops {first.cell}; "
+                + (f"next is {after.cell} ({_size(after)})" if after else "none is left")
             )
         return Choice(
             model,
@@ -392,7 +405,7 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
         reasons = [
             f"none of {len(candidates)} cells is shown to be within {limits['max_drop']:g} points; {len(open_)} undecided"
         ]
-        reasons.append(_advice(suite, open_))
+        reasons += _dense_silence(e, row) or [_advice(suite, evaluation, open_)]
         verdict = UNDECIDED
     else:
         silent = sum(c.status == INVALID for c in candidates)
@@ -442,13 +455,20 @@ def _would_admit(c: Candidate, limits: Limits) -> str | None:
     b = c.binding
     if c.status == INVALID or b is None or b.upper is None:
         return None
-    if b.upper > limits["max_drop"]:
+    by_drop = c.status == UNDECIDED or any(x.status == FAILS for x in c.checks)  # not by size, speed or another evaluation
+    if by_drop and b.upper > limits["max_drop"]:
         return f"--max-drop {math.ceil(b.upper)} would about admit {c.cell} (bound {b.upper:.1f} in {b.dimension})"
     return f"{c.cell}: {c.reasons[0]}"
 
 
-def _advice(suite: str, open_: Sequence[Candidate]) -> str:
-    if not any(c.upper is not None for o in open_ for c in o.checks):
+def _published(evaluation: str) -> bool:
+    return evaluation.startswith("published:")
+
+
+def _advice(suite: str, evaluation: str, open_: Sequence[Candidate]) -> str:
+    if not any(o.checks for o in open_) and not _published(evaluation):
+        return "no trust dimension was evaluated: there is nothing to decide by"
+    if _published(evaluation):
         return "a published table has no items: thresholds and seed spread only; evaluate the cells you mean to deploy"
     larger = _NEXT.get(suite)
     return (
@@ -461,25 +481,19 @@ def _advice(suite: str, open_: Sequence[Candidate]) -> str:
 # -- over all base models ---------------------------------------------------------------------------------------------------
 
 
-def _best(choices: Sequence[Choice]) -> Choice:
-    """A recommendation before an undecided one before none; among recommended models the cell with the most trust."""
-
-    def trust(c: Choice) -> float:
-        found = next((x for x in c.candidates if x.key == c.cell), None)
-        return found.trust if found is not None and found.trust is not None else -math.inf
-
-    def published(c: Choice) -> bool:
-        return all(x.basis != "items" for candidate in c.candidates for x in candidate.checks)
-
-    order = {RECOMMENDED: 0, UNDECIDED: 1, NONE: 2}
-    return min(choices, key=lambda c: (order[c.verdict], published(c), -trust(c), c.model, c.suite))
+def importance(c: Choice) -> tuple[Any, ...]:
+    """Order of answers, the first is the answer over all: own models before published ones; a recommendation before an undecided
+    one before none; among recommended models the cell with the most trust."""
+    found = next((x for x in c.candidates if x.key == c.cell), None)
+    trust = found.trust if found is not None and found.trust is not None else -math.inf
+    return _published(c.evaluation), (RECOMMENDED, UNDECIDED, NONE).index(c.verdict), -trust, c.model, c.suite
 
 
 def _summary(choices: Sequence[Choice], best: Choice, limits: Limits) -> str:
     if best.verdict == RECOMMENDED:
         cell = next(c for c in best.candidates if c.key == best.cell)
         return f"Deploy {best.model} {cell.cell} ({best.cell[:8]}): {'; '.join(cell.reasons)}"
-    cells = sum(len(c.candidates) for c in choices)
+    cells = sum(len(c.candidates) for c in choices if _published(c.evaluation) == _published(best.evaluation))
     if best.verdict == UNDECIDED:
         none = f"none of {cells} cells is shown to keep every drop within {limits['max_drop']:g} points"
         return f"Undecided: {none}. {_capital(best.reasons[1])}"
@@ -507,9 +521,7 @@ def _down(e: Effects, key: str) -> int:
 
 
 def _rules(e: Effects) -> list[Rule]:
-    compressed = [
-        r for r in e.rows.values() if r["method"] != "dense" and any(x.delta is not None for x in e.of(r["key"]).values())
-    ]
+    compressed = [r for r in e.rows.values() if r["method"] != "dense" and any(x.told for x in e.of(r["key"]).values())]
     return [_prefer_quantisation(e, compressed), _trustworthy_source(e, compressed), _evaluate_fully(e, compressed)]
 
 
@@ -588,7 +600,7 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
             console.print(f"  [dim]would change it:[/] {escape(change)}")
     rules = Table(title="The paper's rules, by the rows here")
     for name in ("rule", "supports", "contradicts", "counted"):
-        rules.add_column(name)
+        rules.add_column(name, overflow="fold")
     for rule in found.rules:
         rules.add_row(rule.rule, _some(rule.supports), _some(rule.contradicts), rule.note)
     console.print(rules)

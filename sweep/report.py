@@ -21,7 +21,7 @@ from . import report_verdicts as verdicts
 from .alarms import WARNING, Alarm, alarms
 from .claims import claims
 from .effects import Effects
-from .recommend import Recommendation, recommend
+from .recommend import Recommendation, importance, recommend
 from .report_items import explore
 from .report_text import embed, visible
 from .results import Results
@@ -104,7 +104,7 @@ def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: s
 def _wanted(rows: Sequence[Row], advice: Recommendation | None, raised: Sequence[Alarm]) -> list[str]:
     """Cells that a reader of the recommendation asks about first: chosen, runner-up, nearest miss, alarmed."""
     keys = []
-    for choice in sorted(advice.choices, key=lambda c: c.cell is None or c.cell != advice.cell) if advice else ():
+    for choice in sorted(advice.choices, key=importance) if advice else ():
         keys += [choice.cell, choice.runner_up, choice.nearest_miss]
     keys += [a.key for a in raised if a.severity == WARNING]
     there = {row["key"] for row in rows if row["method"] != "dense"}

@@ -10,7 +10,7 @@ from typing import Any
 from .alarms import WARNING, Alarm
 from .claims import FAILS, HOLDS, UNDECIDED, Claims
 from .effects import Effects
-from .recommend import NONE, QUALIFIES, RECOMMENDED, Candidate, Choice, Recommendation, evaluation_of
+from .recommend import NONE, QUALIFIES, RECOMMENDED, Candidate, Choice, Recommendation, evaluation_of, importance
 from .report_data import LEVEL, NAMES, Row, mark
 
 #: Candidates listed below an answer; the heatmap holds them all.
@@ -154,12 +154,11 @@ def _versions(text: str) -> str:
 
 
 def recommendation(found: Recommendation | None, cells: Mapping[str, Place]) -> dict[str, Any] | None:
-    """The answer for the recommended base model, then for the others. ``cells``: by key."""
+    """The answer over all, then those of the other base models. ``cells``: by key."""
     if found is None:
         return None
     several = len({c.evaluation for c in found.choices}) > 1
-    order = [RECOMMENDED, UNDECIDED, NONE]
-    choices = sorted(found.choices, key=lambda c: (c.cell is None or c.cell != found.cell, order.index(c.verdict)))
+    choices = sorted(found.choices, key=importance)
 
     def link(key: str | None) -> dict[str, Any] | None:
         return None if key is None else cells[key].link()

@@ -76,7 +76,7 @@ class Results:
             relation = self.db.sql(query, params=list(params) if params else None)
             if relation is None:
                 raise BadInput("not a query: it returns no rows", where="SQL", fix="Write a SELECT; the record is read-only.")
-            return relation.to_arrow_table()
+            return _distinct_columns(relation.to_arrow_table())
         except duckdb.Error as e:
             problem, _, rest = str(e).strip().partition("\n")
             # DuckDB knows the tables that are loaded, and of them the columns
@@ -112,8 +112,9 @@ class Results:
         return [r["column_name"] for r in self.rows("describe results")]
 
     def _load_named(self, query: str) -> None:
+        text = query.lower()  # SQL knows no case in names
         for name in (*TABLES, "failed", "results"):
-            if name in query:
+            if name in text:
                 self._load(name)
 
     # -- loading ------------------------------------------------------------------------------------------------------
@@ -161,9 +162,11 @@ class Results:
                     some = ", ".join(files[start : start + FILES_AT_ONCE])
                     self.db.execute(f"{into} select * from read_parquet([{some}], union_by_name = true)")
                     into = f"insert into part_{name} by name"
-                return
+                if self.db.table(f"part_{name}").columns == TABLES[name].names:
+                    return
             except duckdb.Error:
-                self.db.execute(f"drop table if exists part_{name}")  # some part is damaged or foreign: read one by one
+                pass
+            self.db.execute(f"drop table if exists part_{name}")  # some part is damaged or foreign: read one by one
         self.db.register(f"arrow_{name}", pa.concat_tables([TABLES[name].empty_table(), *self.read_parts(name)]))
         self.db.execute(f"create table part_{name} as select * from arrow_{name}")
 
@@ -206,12 +209,20 @@ class Results:
     def _load_failed(self) -> None:
         """Latest failed attempt of each cell that has not succeeded since."""
         self._load("cells")
-        tables = [t for p in self.record.list("failed") if (t := self.record.get_table(p)) is not None]
-        self.db.register("arrow_failed", pa.concat_tables(tables) if tables else TABLES["cells"].empty_table())
+        self.db.register("arrow_failed", self.record.failures())
         self.db.execute(
             "create table failed as select * from arrow_failed where key not in (select key from cells)"
             " qualify row_number() over (partition by key order by attempts desc) = 1"
         )
+
+
+def _distinct_columns(table: pa.Table) -> pa.Table:
+    """Columns of one name (of a join) numbered from the second on, ``key_2``: rows as dicts would hold the last alone."""
+    names: list[str] = []
+    for name in table.column_names:
+        number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}_{n}") not in names)
+        names.append(name if number == 1 else f"{name}_{number}")
+    return table.rename_columns(names)
 
 
 def _pivot() -> str:

@@ -18,16 +18,14 @@ SILENT_AFTER_S = 60
 def status(uri: str) -> dict[str, Any]:
     """Cells by state for each sweep of a record, failures with reasons, rate and time left while a driver runs. Reads no items."""
     record = Record(uri)
-    sweeps = [record.get_json(p) for p in record.list("sweeps", ".json")]
+    sweeps = record.sweeps()
     done = record.done()
     if not sweeps and not done:
         raise BadInput(f"no sweep in {uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
     failed: dict[str, dict[str, Any]] = {}
-    for path in record.list("failed"):
-        table = record.get_table(path)
-        for row in table.to_pylist() if table is not None else []:
-            if row["key"] not in done and row["attempts"] >= failed.get(row["key"], row)["attempts"]:
-                failed[row["key"]] = row
+    for row in record.failures().to_pylist():
+        if row["key"] not in done and row["attempts"] >= failed.get(row["key"], row)["attempts"]:
+            failed[row["key"]] = row
     out = []
     for s in sweeps:
         keys = s["keys"]

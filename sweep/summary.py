@@ -38,7 +38,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, value in rows[0].items():
         numeric = all(isinstance(r[name], int | float | Decimal | type(None)) and not isinstance(r[name], bool) for r in rows)
-        table.add_column(name, justify="right" if numeric and value is not None else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if numeric and value is not None else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_text(v)) for v in row.values()))
     console.print(table)
@@ -54,7 +54,7 @@ def escape(text: str) -> str:
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{plan['sweep']}[/]: {plan['cells']} cells, {plan['done']} done · suite {plan['suite']} of {escape(plan['data'])}"
-        f" · results {plan['results']}"
+        f" · results {escape(plan['results'])}"
     )
     if plan["note"]:
         console.print(plan["note"], style="yellow", markup=False)
@@ -63,7 +63,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     for name in ("key", "model", "cell", ""):
         table.add_column(name)
     for c in plan["list"]:
-        table.add_row((c["key"] or "-")[:8], c["model"], c["cell"], "[green]done[/]" if c["done"] else "")
+        table.add_row((c["key"] or "-")[:8], escape(c["model"]), escape(c["cell"]), "[green]done[/]" if c["done"] else "")
     console.print(table)
     for s in plan["skipped"]:
         console.print(f"impossible: {s['model']} {s['label']}: {s['reason']}", style="yellow", markup=False)

@@ -9,13 +9,13 @@ from typing import Any
 from ..actors.errors import BadInput
 from .grid import config_of
 from .results import load_results
-from .wandb_sink import Publisher, picture
+from .wandb_sink import Publisher, has_key, picture
 
 
 def sync(uri: str) -> str:
     """Every cell of every sweep of the record as W&B runs; a run that exists is resumed under the same id. Returns a sentence."""
     results = load_results(uri)
-    sweeps = [results.record.get_json(p) for p in results.record.list("sweeps", ".json")]
+    sweeps = results.record.sweeps()
     if not sweeps:
         raise BadInput(f"no sweep in {uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
     cells = {r["key"]: r for r in results.rows("select * from cells")} | {
@@ -27,7 +27,7 @@ def sync(uri: str) -> str:
     sent, notes = 0, []
     for sweep in sweeps:
         config = config_of(sweep)
-        online = bool(os.environ.get("WANDB_API_KEY")) and config.wandb.mode != "disabled"
+        online = has_key() and config.wandb.mode != "disabled"
         config = config.model_copy(
             update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})}
         )
@@ -43,5 +43,5 @@ def sync(uri: str) -> str:
         publisher.frontier(rows)
         publisher.alarms(found)
         notes += publisher.close(0)
-    where = "W&B" if not notes and online else "offline runs (set WANDB_API_KEY to publish)"
+    where = "W&B" if not notes and online else "offline runs (`wandb login` or WANDB_API_KEY publishes them)"
     return "; ".join([f"{sent} cells of {len(sweeps)} sweep(s) written to {where}", *notes])

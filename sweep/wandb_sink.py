@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import netrc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
@@ -37,6 +40,17 @@ FRONTIER = (
     "key", "model", "method", "bits", "sparsity", "pattern", "size_bytes", "bits_per_weight", "perplexity", "mmlu", "trust", "worst_drop",
     *DIMENSIONS,
 )  # fmt: skip
+
+
+def has_key() -> bool:
+    """Whether W&B finds a key: in the environment, or in netrc for the server's host and port (where `wandb login` puts it)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Publisher:

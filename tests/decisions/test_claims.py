@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import numpy as np
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
-from comptrust.sweep.claims import claims
+from comptrust.sweep.claims import claims, render_claims
+from comptrust.sweep.effects import Effects
 from comptrust.sweep.importer import SHEET
+from comptrust.sweep.recommend import recommend
 from comptrust.sweep.results import load_results
 from decision_records import answers, published, write_cell
+from rich.console import Console
 from scipy import stats
 
 
@@ -127,8 +131,6 @@ def test_verdicts_from_items(items_record):
 
 
 def test_effects_against_hand_computed(items_record):
-    from comptrust.sweep.effects import Effects
-
     e = Effects(items_record)
     row = next(r for r in e.rows.values() if r["bits"] == 4)
     x = e.of(row["key"])["ethics"]
@@ -141,8 +143,6 @@ def test_effects_against_hand_computed(items_record):
 
 def test_clustered_effects_are_not_mcnemar(tmp_path):
     """Ten samples of each of 20 prompts, all samples of a prompt alike: 20 observations, not 200."""
-    from comptrust.sweep.effects import Effects
-
     record = Record(tmp_path)
     dense, cell = [True] * 200, [i // 10 % 5 != 0 for i in range(200)]
     write_cell(record, "dense", {"stereotype": answers("stereotype", dense, samples=10)})
@@ -153,6 +153,22 @@ def test_clustered_effects_are_not_mcnemar(tmp_path):
     assert x.transitions["unbiased_to_biased"] == 40
 
 
+def test_counts_of_prompts_do_not_test_a_mean_over_scenarios(tmp_path):
+    """60 of 400 lost in one scenario, 6 of 10 won in the other: the score rises by 22.5 points, which the counts do not show."""
+    r = Record(tmp_path)
+
+    def asked(task, right):
+        more = {"scenario": f"alpaca/{task}", "target": {"task": task, "label": 1}}
+        rows = answers("adversarial", right)
+        return [{**x, **more, "item": f"{task}/{i}", "cluster": f"{task}{i}"} for i, x in enumerate(rows)]
+
+    write_cell(r, "dense", {"adversarial": asked("sst2", [True] * 400) + asked("mnli", [False] * 10)})
+    cell = asked("sst2", [False] * 60 + [True] * 340) + asked("mnli", [True] * 6 + [False] * 4)
+    key = write_cell(r, "rtn", {"adversarial": cell}, bits=4)
+    effect = Effects(load_results(tmp_path)).of(key)["adversarial"]
+    assert effect.delta == pytest.approx(22.5) and effect.test == "bootstrap" and effect.p > 0.001
+
+
 def test_no_dense_no_claims(tmp_path):
     write_cell(Record(tmp_path), "rtn", {"ethics": answers("ethics", [True] * 4)}, bits=4)
     with pytest.raises(BadInput, match="both a dense and a compressed cell"):
@@ -161,8 +177,6 @@ def test_no_dense_no_claims(tmp_path):
 
 def test_seeds_of_one_configuration_are_found(tmp_path):
     """Digest, key and seed differ between calibration seeds; source, samples and parameters do not."""
-    from comptrust.sweep.effects import Effects
-
     r, common = Record(tmp_path), {"calibration": "builtin", "samples": 4, "bits": 4}
     write_cell(r, "dense", {"ethics": answers("ethics", [True] * 50)})
     keys = [
@@ -241,3 +255,27 @@ def test_silence_is_a_loss(tmp_path):
     assert [(g.group, g.dims_down_mean, g.cells_without_drop) for g in found.groups] == [("8-bit", 1, 0), ("50% N:M", 1, 0)]
     drops = {x["method"]: x["worst_drop"] for x in results.rows("select method, worst_drop from results")}
     assert drops == {"dense": 0, "rtn": None, "wanda": None}
+
+
+def test_a_cell_of_which_no_score_is_left_is_counted(tmp_path):
+    """The worst cells of all must not be missing where drops are counted."""
+    r = Record(tmp_path)
+    right = answers("ethics", [True] * 200)
+    silent = [{**x, "outcome": "degenerate", "score": None} for x in right]
+    write_cell(r, "dense", {"ethics": right})
+    write_cell(r, "rtn", {"ethics": right}, bits=8)
+    lost = [
+        write_cell(r, "rtn", {"ethics": silent}, bits=3),
+        write_cell(r, "magnitude", {"ethics": silent}, sparsity=0.5, pattern="2:4"),
+    ]
+    results = load_results(tmp_path)
+    found = claims(results)
+    groups = {g.group: (g.cells, g.dims_down_mean, g.worst_delta) for g in found.groups}
+    assert groups == {"8-bit": (1, 0, 0.0), "3-bit": (1, 1, None), "50% N:M": (1, 1, None)}
+    (hidden,) = found.of("D4")
+    assert hidden.verdict == "undecided" and "no score left" in hidden.observed
+    assert "50% pruned 1.0" in found.of("D6")[0].observed
+    rules = {x.id: x.supports for x in recommend(results).rules}
+    assert rules["evaluate"] == sorted(lost) and rules["quantise"] == lost[1:]
+    render_claims(found, Console(file=io.StringIO()))
+    json.dumps(found.to_json(), allow_nan=False)

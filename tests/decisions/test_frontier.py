@@ -12,11 +12,13 @@ import pytest
 from comptrust.actors.cell import DIMENSIONS
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
-from comptrust.sweep.frontier import nondominated, pareto
+from comptrust.sweep.frontier import _ranks, nondominated, pareto, render_frontier
 from comptrust.sweep.results import load_results
+from comptrust.sweep.summary import print_rows
 from decision_records import answers, write_cell
 from hypothesis import given, settings
 from hypothesis import strategies as hs
+from rich.console import Console
 
 
 def brute(values, up):
@@ -89,6 +91,16 @@ def test_cells_asked_different_questions_are_not_compared(tmp_path):
     with pytest.raises(BadInput, match=r"in 2 ways .*suite = 'standard'"):
         pareto(results, ["size_bytes"], ["mmlu"], probability=False)
     assert pareto(results, ["size_bytes"], ["mmlu"], "suite = 'smoke'", probability=False).frontier_keys() == [smoke]
+
+
+@pytest.mark.parametrize("up", [[False], [True], [False, True]])
+def test_rank_is_the_frontier_without_the_ranks_before(up):
+    values = np.random.default_rng(0).integers(0, 6, (40, len(up))).astype(float)
+    left, number, expected = np.ones(40, bool), 1, np.zeros(40, int)
+    while left.any():
+        on = brute(np.where(left[:, None], values, np.nan), up)
+        expected[on], left, number = number, left & ~on, number + 1
+    assert (_ranks(values, np.ones(40, bool), up) == expected).all()
 
 
 def test_hypervolume_by_hand(tmp_path):
@@ -235,3 +247,18 @@ def test_column_names_are_not_sql(small_sheet):
 
 def test_keys_are_strings(small_sheet):
     assert pareto(load_results(small_sheet), ["bits"]).keys.type == pa.string()
+
+
+def test_a_model_whose_path_looks_like_markup(tmp_path):
+    """Folders may have brackets in their names."""
+    r = Record(tmp_path)
+    model = "models/[/bold]llama[red]"
+    for size in (5, 8):
+        write_cell(r, "rtn", {}, model=model, bits=size, size_bytes=size, perplexity=20.0 - size)
+    results = load_results(tmp_path)
+    console = Console(file=io.StringIO(), width=120)
+    render_frontier(pareto(results, ["size_bytes", "perplexity"]), results, console)
+    assert model in console.file.getvalue()
+    console = Console(file=io.StringIO(), width=120)
+    print_rows(results.rows('select 1 as "[/x]"'), console)
+    assert "[/x]" in console.file.getvalue()

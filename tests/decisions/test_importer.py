@@ -84,6 +84,13 @@ def test_leaderboard_without_method_columns(tmp_path):
     assert gptq["trust"] is None and gptq["parameters"] == 7_000_000_000
 
 
+def test_the_column_of_bits_may_hold_the_sparsity(tmp_path):
+    (tmp_path / "t.csv").write_text("Model,Sparsity/bits,Toxicity\nx-7b-wanda,0.6,50\nx-7b-magnitude@0.5_2to4,8,50\n")
+    import_table(tmp_path / "t.csv", tmp_path / "r", "comp-trust-sheet")
+    found = {r["method"]: (r["bits"], r["sparsity"], r["pattern"]) for r in rows(tmp_path / "r")}
+    assert found == {"wanda": (None, 0.6, None), "magnitude": (8, 0.5, "2:4")}
+
+
 def test_parameters_of():
     assert parameters_of("Llama-2-13b-chat-hf") == 13_000_000_000
     assert parameters_of("SmolLM2-135M") == 135_000_000
@@ -98,6 +105,11 @@ def test_parameters_of():
         ("Model,Toxicity\nx,inf\n", "comp-trust-sheet", "Toxicity is 'inf'"),
         ("Model,Toxicity,Toxicity Ref\nx,50,7\n", "comp-trust-sheet", "expected a fraction"),
         ("Model,Ethics,Ethics Ref\nx,50,170\n", "comp-trust-sheet", "expected percent"),
+        ("Model,Toxicity\nx,1350\n", "comp-trust-sheet", "Toxicity is 1350, expected 0 to 100"),
+        ("Model,MMLU,Toxicity\nx,-3,50\n", "comp-trust-sheet", "MMLU is -3, expected 0 to 100"),
+        ("Model,Sparsity/bits,Toxicity\nx-gptq,3.5,50\n", "comp-trust-sheet", "Sparsity/bits is 3.5"),
+        ("Model,Sparsity/bits,Toxicity\nx-wanda,-1,50\n", "comp-trust-sheet", "Sparsity/bits is -1"),
+        ("Model,Toxicity\n,50\n", "comp-trust-sheet", "Model is empty"),
         ("Name,Toxicity\nx,50\n", "comp-trust-sheet", "no column Model"),
         ("Model,Score\nx,50\n", "comp-trust-sheet", "no column one of"),
         ("Model,Toxicity\nx,50,60\n", "comp-trust-sheet", "more columns than the header"),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
+from comptrust.sweep.importer import import_table
 from comptrust.sweep.recommend import recommend
 from comptrust.sweep.results import load_results
 from comptrust.sweep.statistics import holm_bounds, upper_bound
-from decision_records import answers, write_cell
+from decision_records import answers, sheet, write_cell
 
 
 def record(path, n, cells, suite="standard", **dense):
@@ -42,7 +43,7 @@ def test_smallest_qualifying_cell(tmp_path):
     status = {c.key: c.status for c in choice.candidates}
     assert status == {eight: "qualifies", four: "qualifies", three: "fails"}
     assert any("--max-drop" in w and "rtn 3" in w for w in choice.would_change)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert "-0.0," not in json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_the_bound_decides_not_the_point(tmp_path):
@@ -100,6 +101,56 @@ def test_a_silent_dense_model_is_named(tmp_path):
     assert "dense model itself has no valid score in ethics" in recommend(load_results(tmp_path)).summary
 
 
+def test_where_dense_alone_is_silent_no_larger_suite_helps(tmp_path):
+    r = Record(tmp_path)
+    right = [True] * 200
+    silent = [{**x, "outcome": "degenerate", "score": None} for x in answers("adversarial", right)]
+    write_cell(r, "dense", {"ethics": answers("ethics", right), "adversarial": silent})
+    write_cell(r, "rtn", {d: answers(d, right) for d in ("ethics", "adversarial")}, bits=8)
+    found = recommend(load_results(tmp_path))
+    assert found.verdict == "undecided" and "run suite" not in found.summary
+    assert "dense model itself has no valid score in adversarial" in found.summary
+
+
+def test_a_tighter_limit_names_a_cell_that_meets_it(tmp_path):
+    """The runner-up at this limit need not be within a tighter one."""
+    cells = [(cell(4, 4000), 5), (cell(6, 6000), 20), (cell(8, 8000), 0)]
+    results, (four, six, _) = record(tmp_path, 1000, cells)
+    found = recommend(results)
+    assert (found.cell, found.runner_up) == (four, six)
+    (change,) = [w for w in found.choices[0].would_change if "a limit under" in w]
+    assert "drops rtn 4; next is rtn 8" in change
+
+
+def test_cells_of_one_size_and_name(tmp_path):
+    """Of equal size the one with the smaller bound is taken, and what differs stands in the names."""
+    cells = [(cell(4, 4000, params={"damping": d}), lost) for d, lost in ((0.01, 10), (0.05, 2), (0.1, 10))]
+    results, keys = record(tmp_path, 1000, cells)
+    found = recommend(results)
+    assert found.cell == keys[1]
+    names = {c.key: c.cell for c in found.choices[0].candidates}
+    assert names == dict(zip(keys, ("rtn 4 damping 0.01", "rtn 4 damping 0.05", "rtn 4 damping 0.1"), strict=True))
+
+
+def test_published_tables_do_not_answer_for_own_cells(tmp_path):
+    results, _ = record(tmp_path / "results", 200, [(cell(3, 3000), 100)])
+    assert recommend(results).verdict == "none"
+    rows = [
+        {"model": "Base 13b", "method": m, "bits": b, "name": f"base-13b {m}", "mmlu": 50.0}
+        for m, b in (("none", 16), ("AWQ", 4))
+    ]
+    import_table(sheet(tmp_path / "table.csv", rows), tmp_path / "results", "comp-trust-sheet")
+    found = recommend(load_results(tmp_path / "results"))
+    assert found.verdict == "none" and "None of 1 cells" in found.summary
+    assert {c.model: c.verdict for c in found.choices} == {"acme/lm-1b": "none", "Base 13b": "undecided"}
+
+
+def test_only_dense_cells(tmp_path):
+    results, _ = record(tmp_path, 20, [])
+    with pytest.raises(BadInput, match="nothing compressed"):
+        recommend(results)
+
+
 def test_a_drop_that_another_evaluation_shows_is_no_release(tmp_path):
     """Two data packs under one suite: the probes see nothing in weights that lose 30 points on the real questions."""
     r = Record(tmp_path)
@@ -134,6 +185,12 @@ def test_constraints(tmp_path):
     assert recommend(results, max_size_gb=5e-6).cell == four
     assert recommend(results, max_size_gb=1e-6).verdict == "none"
     assert recommend(results, where="bits = 8").cell == eight
+
+
+def test_a_looser_limit_is_not_offered_to_a_cell_that_is_too_slow(tmp_path):
+    results, _ = record(tmp_path, 1000, [(cell(8, 8000), 0), (cell(4, 4000) | {"decode_tokens_s": 2.0}, 45)])
+    (change,) = recommend(results, min_tokens_s=10).choices[0].would_change
+    assert change == "rtn 4: 2 tokens/s (limit 10)"
 
 
 def test_unmeasured_size_is_no_pass(tmp_path):

@@ -12,6 +12,7 @@ from comptrust.actors.errors import BadInput
 from comptrust.actors.record import CELLS, Record, to_table
 from comptrust.sweep.cli import Format, query
 from comptrust.sweep.results import compact, load_results
+from comptrust.sweep.status import status
 
 
 def cell(key: str, **more) -> dict:
@@ -110,6 +111,23 @@ def test_foreign_files_disturb_nothing(record):
     results = load_results(record.uri)
     assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
     assert results.ignored == ["cells/other.parquet"]
+
+
+def test_foreign_files_disturb_no_folder(record):
+    commit(record, "k1")
+    record.fail(cell("k2", error="no", error_type="CellError"))
+    record.put_json(
+        "sweeps/s1.json", {"id": "s1", "name": "one", "config": {}, "keys": ["k1", "k2"], "labels": {}, "skipped": []}
+    )
+    for folder in ("failed", "cells", "metrics", "items", "layers"):
+        pq.write_table(pa.table({"something": [1]}), f"{record.root}/{folder}/other.parquet")
+    record.put("sweeps/half.json", b'{"id": "s2", "na')
+    record.put("sweeps/mine.json", b"[1, 2]")
+    results = load_results(record.uri)
+    assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
+    assert [r["key"] for r in results.rows("select key from failed")] == ["k2"]
+    (sweep,) = status(record.uri)["sweeps"]
+    assert (sweep["done"], sweep["failed"], sweep["left"]) == (1, 1, 0)
 
 
 def test_newer_schema_is_refused(record, monkeypatch):
@@ -219,6 +237,17 @@ def test_query_without_rows_still_names_its_columns_in_csv(record, capsys):
     query(record.uri, "select key, bits from results where bits < 4", Format.csv)
     query(record.uri, "select key, bits from results", Format.csv)
     assert capsys.readouterr().out.splitlines() == ["key,bits", "key,bits", "k1,4"]
+
+
+def test_columns_of_one_name_are_all_kept(record, capsys):
+    """A join names both sides' columns alike; SQL names tables in any case."""
+    commit(record, "k1", bits=4)
+    commit(record, "k2", bits=3)
+    sql = "SELECT a.key, b.key, b.bits FROM CELLS a JOIN Results b ON a.bits > b.bits"
+    query(record.uri, sql, Format.csv)
+    assert capsys.readouterr().out.splitlines() == ["key,key_2,bits", "k1,k2,3"]
+    query(record.uri, sql, Format.json)
+    assert json.loads(capsys.readouterr().out) == [{"key": "k1", "key_2": "k2", "bits": 3}]
 
 
 def test_key_prefix(record):

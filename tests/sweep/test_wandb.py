@@ -164,3 +164,24 @@ def test_sync_writes_the_record_again(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     runs = [read_offline(p) for p in (results / "wandb").glob("offline-run-*/run-*.wandb")]
     assert {r["job_type"] for r in runs} == {"cell", "sweep"} and len(runs) == 5
+
+
+def test_sync_finds_the_key_of_wandb_login(tmp_path):
+    """`run` takes a key from netrc, and so must the command that it names where W&B did not answer."""
+    from comptrust.actors.record import Record
+    from sweeps import comptrust
+
+    record = Record(tmp_path / "results")
+    cell = {"key": "k1", "model": "m", "method": "dense", "suite": "smoke", "status": "done", "params": {}}
+    record.commit(
+        cell, [{"convention": "comptrust", "dimension": "utility", "scenario": "", "metric": "perplexity", "value": 9.0}], []
+    )
+    record.put_json(
+        "sweeps/s1.json", {"id": "s1", "name": "s", "config": {"name": "s", "models": [{"id": "m"}]}, "keys": ["k1"]}
+    )
+    with Server() as server:
+        (tmp_path / "netrc").write_text(f"machine 127.0.0.1:{server.server_port}\n login user\n password {KEY}\n")
+        (tmp_path / "netrc").chmod(0o600)
+        done = comptrust("sync", record.root, WANDB_BASE_URL=server.url, NETRC=str(tmp_path / "netrc"), NO_PROXY="127.0.0.1")
+        assert done.returncode == 0 and "written to W&B" in done.stdout, done.stdout + done.stderr
+        assert {"s1-sweep", "s1-k1"} <= set(server.runs)
