@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
 from .effects import Effect, Effects, clean, label
+from .names import asked
 from .results import Results
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def compare(results: Results, cell: str, to: str | None = None) -> Comparison:
     a, b = rows[key], rows[other]
     if a["evaluation"] != b["evaluation"]:
         raise BadInput(
-            f"evaluated differently ({a['suite']} and {b['suite']}): no common items",
+            f"evaluated differently ({' and '.join(asked([a, b]))}): no common items",
             where="--to",
             fix="Compare cells of one suite and data pack.",
         )

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..actors.cell import DIMENSIONS
 from .names import of_cells
+from .summary import escape
 
 LINE_EVERY_S = 15.0
 FRONTIER_LINES = 6
@@ -61,8 +62,8 @@ class View:
         self.total, self.before = len(grid.cells), done
         models = len({c.model for c in grid.cells})
         self.console.print(
-            f"[bold]{config.name}[/]: {len(grid.cells)} cells of {models} model(s), {done} done, {len(grid.cells) - done} to do"
-            f" · suite {config.evaluation.suite} of {grid.plan.data} · results in {config.results}"
+            f"[bold]{escape(config.name)}[/]: {len(grid.cells)} cells of {models} model(s), {done} done, {len(grid.cells) - done} to do"
+            f" · suite {config.evaluation.suite} of {escape(grid.plan.data)} · results in {escape(config.results)}"
         )
         for note in grid.notes:
             self.say(f"  {note}")
@@ -145,7 +146,9 @@ class View:
         table = Table(box=None, padding=(0, 2), show_header=False)
         for w in snap["workers"]:
             table.add_row(
-                f"worker {w['id']}", self.labels.get(w["key"], "-") if w["key"] else "-", _doing(w) if w["key"] else "idle"
+                f"worker {w['id']}",
+                escape(self.labels.get(w["key"], "-") if w["key"] else "-"),
+                _doing(w) if w["key"] else "idle",
             )
         return Group(bar, table, self._frontier())
 
@@ -160,7 +163,7 @@ class View:
         best = sorted((self.points[k] for k in self.front), key=lambda p: p["size_bytes"])
         for p in best[:FRONTIER_LINES]:
             value = p["trust"] if trusted else p["perplexity"]
-            table.add_row(self.labels.get(p["key"], p["key"]), f"{p['size_bytes'] / 1e9:.3g}", f"{value:.4g}")
+            table.add_row(escape(self.labels.get(p["key"], p["key"])), f"{p['size_bytes'] / 1e9:.3g}", f"{value:.4g}")
         if len(best) > FRONTIER_LINES:
             table.add_row(f"and {len(best) - FRONTIER_LINES} more", "", "")
         return table

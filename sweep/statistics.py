@@ -263,14 +263,15 @@ def seed_spread(values: Sequence[float | None], limit: float = 5.0) -> SeedSprea
 
 
 def seed_p(deltas: ArrayLike, threshold: float) -> float:
-    """One-sided p of H0 "the mean over seeds is ``threshold`` or less", by Student's t; 1 for fewer than three seeds."""
+    """One-sided p of H0 "the mean over seeds is ``threshold`` or less", by Student's t; 1 for fewer than three seeds. Seeds that
+    are all equal have no spread to judge by: the sign test's."""
     from scipy import stats
 
     x = np.asarray(deltas, float)
     if len(x) < 3 or x.mean() <= threshold:
         return 1.0
     se = float(x.std(ddof=1)) / math.sqrt(len(x))
-    return float(stats.t.sf((x.mean() - threshold) / se, len(x) - 1)) if se > 0 else 0.0
+    return float(stats.t.sf((x.mean() - threshold) / se, len(x) - 1)) if se > 0 else 0.5 ** len(x)
 
 
 #: Outcomes that count as an answer; the rest is silence of one kind or another.

@@ -92,6 +92,9 @@ def test_bad_cells(three, tmp_path):
         compare(results, other)
     with pytest.raises(BadInput, match="evaluated differently"):
         compare(results, other, a)
+    other = write_cell(Record(tmp_path), "rtn", {"ethics": answers("ethics", [True] * 9)}, bits=8, evaluation="e3")
+    with pytest.raises(BadInput, match=r"evaluated differently \((\w+) e3 and \1 \w+\)"):
+        compare(load_results(tmp_path), other, a)
 
 
 def test_everything_prints(three, small_sheet):

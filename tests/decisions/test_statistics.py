@@ -162,6 +162,7 @@ def test_seed_p_is_students():
     x = [-46.9, -48.0, -51.5]
     assert st.seed_p([-v for v in x], 5) == pytest.approx(stats.ttest_1samp(x, -5, alternative="less").pvalue)
     assert st.seed_p(x[:2], -60) == 1.0
+    assert st.seed_p([-4.0] * 3, -5) == 1 / 8
 
 
 def test_transitions():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+from comptrust.sweep.progress import View
 from comptrust.sweep.summary import print_rows
 from rich.console import Console
 
@@ -63,3 +66,12 @@ def test_a_long_frontier_shows_its_best(tmp_path):
     text = console.file.getvalue()
     assert "Frontier: 50 of 50 cells, the first 40 by perplexity" in " ".join(text.split())
     assert " 51 " in text and " 100 " not in text.split("Frontier")[1].split("(up)")[0]
+
+
+def test_names_with_brackets_stand_in_the_live_view():
+    view = View(console=Console(file=io.StringIO(), width=100))
+    view.labels = {"k": "my[bold]model[/] gptq 4"}
+    view.points, view.front = {"k": {"key": "k", "trust": None, "perplexity": 3.0, "size_bytes": 10**9}}, ["k"]
+    worker = {"id": 0, "key": "k", "stage": "compress", "done": 1, "total": 2, "started": time.time()}
+    view.console.print(view._render({"workers": [worker], "finished": []}, SimpleNamespace(total=2, done=1, failed=0)))
+    assert view.console.file.getvalue().count("my[bold]model[/] gptq 4") == 2
