@@ -155,6 +155,15 @@ class Record:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    def check_readable(self) -> None:
+        """``BadInput`` if the place does not answer: no network, no such bucket, no right to read."""
+        try:
+            self.fs.get_file_info(self.root)
+        except OSError as e:
+            raise BadInput(
+                f"cannot read {self.uri!r}: {e}", where="RESULTS", fix="Check the address, the network and the credentials."
+            ) from e
+
     def get(self, path: str) -> bytes | None:
         """Bytes of ``root/path``, or None if there is no such file."""
         try:

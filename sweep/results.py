@@ -47,6 +47,7 @@ class Results:
     """Read access to one record. SQL sees ``cells metrics items layers failed results``; tables load when first used."""
 
     def __init__(self, record: Record) -> None:
+        record.check_readable()
         self.record = record
         self.ignored: list[str] = []
         self.generations = _generations(record)

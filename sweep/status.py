@@ -18,6 +18,7 @@ SILENT_AFTER_S = 60
 def status(uri: str) -> dict[str, Any]:
     """Cells by state for each sweep of a record, failures with reasons, rate and time left while a driver runs. Reads no items."""
     record = Record(uri)
+    record.check_readable()
     sweeps = record.sweeps()
     done = record.done()
     if not sweeps and not done:

@@ -250,6 +250,14 @@ def test_columns_of_one_name_are_all_kept(record, capsys):
     assert json.loads(capsys.readouterr().out) == [{"key": "k1", "key_2": "k2", "bits": 3}]
 
 
+@pytest.mark.parametrize("read", [load_results, status])
+def test_a_store_that_does_not_answer_is_one_clear_error(read, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    with pytest.raises(BadInput, match=r"RESULTS: cannot read 's3://.*127\.0\.0\.1.*Check the address"):
+        read("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1")
+
+
 def test_key_prefix(record):
     commit(record, "abc1")
     commit(record, "abd1")
