@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 #: Methods a grid may name, in the order reports show them.
 METHODS = ("dense", "rtn", "gptq", "awq", "smoothquant", "llm_int8", "nf4", "fp4", "magnitude", "wanda", "sparsegpt", "gblm")
+#: Methods whose code was repaired since with other weights as the result; what was made before is made again.
+#: 1: AWQ and SmoothQuant folded scales wrongly into norms like Gemma's in 16 bits.
+REVISIONS = {"awq": 1, "smoothquant": 1}
 #: The eight trust dimensions, ours.
 DIMENSIONS = ("toxicity", "stereotype", "adversarial", "ood", "demonstrations", "privacy", "ethics", "fairness")
 
@@ -54,8 +57,10 @@ class Cell(BaseModel):
     @property
     def artifact_key(self) -> str:
         """Names the compressed weights: equal keys, equal weights."""
+        revised = {"code": REVISIONS[self.method]} if self.backend == "comptrust" and self.method in REVISIONS else {}
         return digest(
-            {
+            revised
+            | {
                 "revision": self.revision,
                 "method": self.method,
                 "params": dict(self.params),

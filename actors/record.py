@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -75,6 +76,12 @@ class Record:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
+        address = urlsplit(self.uri)
+        if "://" in self.uri and address.password is not None:
+            raise BadInput(
+                f"{address.scheme}://...@{address.hostname}{address.path} holds a password", where="results",
+                fix="Secrets come from the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+            )  # fmt: skip
         try:
             if "://" in self.uri:
                 self.fs, self.root = pafs.FileSystem.from_uri(self.uri)

@@ -36,7 +36,7 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
                     asked = {"suite": row["suite"], "evaluation": row["evaluation"]}
                     return cell.model_copy(update=asked), row, config
     raise BadInput(
-        f"cell {key} cannot be made again from here: its model or calibration text has changed, or it was imported",
+        f"cell {key} cannot be made again from here: its model, calibration text or method has changed, or it was imported",
         where="CELL", fix="Run `comptrust compress` with its parameters (comptrust query RESULTS \"select params from cells\").",
     )  # fmt: skip
 

@@ -129,8 +129,8 @@ def _numbers(values: np.ndarray) -> pa.Array:
 
 def pareto(
     results: Results,
-    minimise: Sequence[str] = (),
-    maximise: Sequence[str] = (),
+    minimise: str | Sequence[str] = (),
+    maximise: str | Sequence[str] = (),
     where: str | None = None,
     probability: bool = True,
     draws: int = 1000,
@@ -142,7 +142,7 @@ def pareto(
     ``BadInput``: no objective, one named twice, unknown (with the nearest name) or not a number; no data; no row left by
     ``where``; failed cells only; cells that were asked different questions.
     """
-    minimise, maximise = list(minimise), list(maximise)
+    minimise, maximise = ([names] if isinstance(names, str) else list(names) for names in (minimise, maximise))
     objectives = [*minimise, *maximise]
     _check_objectives(minimise, maximise)
     table = select_table(results, ["key", "suite", "evaluation", *objectives], where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -85,17 +86,15 @@ def print_status(status: Mapping[str, Any], console: Console) -> None:
             else "[yellow]not running[/]"
         )
         console.print(
-            f"{s['name']} ({s['sweep']}): {s['done']} done, {s['failed']} failed, {s['left']} left of {s['total']} · {state}"
+            f"{escape(s['name'])} ({s['sweep']}): {s['done']} done, {s['failed']} failed, {s['left']} left of {s['total']} · {state}"
         )
         if s["cells_per_hour"]:
             console.print(f"  {s['cells_per_hour']:.1f} cells/hour, about {s['left_s'] / 60:.0f} min left")
         for w in s["workers"]:
-            console.print(f"  worker {w['id']}: {w['label']}: {w['stage']} {w['done']}/{w['total']}", markup=False)
+            console.print(escape(f"  worker {w['id']}: {w['label']}: {w['stage']} {w['done']}/{w['total']}"))
         for f in s["failures"]:
             console.print(
-                f"  failed {f['label']} (attempt {f['attempts']}): {f['error_type']}: {f['error'][:300]}",
-                style="red",
-                markup=False,
+                escape(f"  failed {f['label']} (attempt {f['attempts']}): {f['error_type']}: {f['error'][:300]}"), style="red"
             )
 
 
@@ -173,10 +172,11 @@ def print_summary(outcome: Any, console: Console) -> None:
         return
     print_rows(rows, console)
     _frontier(results, console)
+    place = shlex.quote(outcome.results)
     console.print(
-        f"\nnext: comptrust recommend {outcome.results}   comptrust report {outcome.results} -o report.html\n"
-        f'      comptrust query {outcome.results} "select method, bits, trust, worst_drop from results"\n'
-        f"      comptrust status {outcome.results}",
+        f"\nnext: comptrust recommend {place}   comptrust report {place} -o report.html\n"
+        f'      comptrust query {place} "select method, bits, trust, worst_drop from results"\n'
+        f"      comptrust status {place}",
         highlight=False,
         markup=False,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comptrust.actors.cell import Cell, canonical, digest
+from comptrust.actors.cell import REVISIONS, Cell, canonical, digest
 from pydantic import ValidationError
 
 GPTQ = Cell(
@@ -35,6 +35,14 @@ def test_weights_are_named_by_all_that_changes_them(change):
     other = GPTQ.model_copy(update=change)
     assert other.artifact_key != GPTQ.artifact_key
     assert other.key != GPTQ.key
+
+
+def test_a_repaired_method_names_new_weights(monkeypatch):
+    theirs = GPTQ.model_copy(update={"backend": "gptqmodel"})
+    keys = [c.key for c in (GPTQ, theirs)]
+    monkeypatch.setitem(REVISIONS, "gptq", 1)
+    assert GPTQ.key != keys[0]
+    assert theirs.key == keys[1]  # the repair was of our code
 
 
 def test_evaluation_changes_the_key_and_keeps_the_artefact():

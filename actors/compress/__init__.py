@@ -178,8 +178,13 @@ def _quantised_by(config_json: str) -> str | None:
 @functools.lru_cache(maxsize=32)
 def _linears(config_json: str) -> Mapping[str, int]:
     """Name -> inputs of every linear that would be compressed, from a model without weights."""
-    with torch.device("meta"):
-        model = _without_weights(config_json)
+    try:
+        with torch.device("meta"):
+            model = _without_weights(config_json)
+    except Exception as e:  # whatever transformers makes of a value that it does not know
+        raise BadInput(
+            f"transformers cannot make a model of this config ({type(e).__name__}: {e})", fix="Correct the model's config.json."
+        ) from e
     prefix, blocks = decoder_blocks(model)
     return {name: m.in_features for name, m in named_linears(prefix, blocks).items()}
 

@@ -107,6 +107,11 @@ def test_impossible_combinations_have_a_reason(config, method, params, says):
     assert says in incompatible(method, params, config.to_dict())
 
 
+def test_a_config_that_transformers_does_not_take_is_a_reason():
+    config = make_llama().config.to_dict() | {"hidden_act": "nope"}
+    assert "transformers cannot make a model of this config (KeyError: 'nope')" in incompatible("rtn", {}, config)
+
+
 def test_one_of_two_with_4_bits_is_stored_by_fours():
     odd = make_llama(intermediate=90).config
     assert "the 90 inputs of model.layers.0.mlp.down_proj" in incompatible("sparsegpt", {"pattern": "1:2", "bits": 4}, odd)

@@ -60,6 +60,11 @@ def test_frontier_by_hand(small_sheet):
     assert len(ties) == 3 and all(r["on_frontier"] and r["rank"] == 1 for r in ties)
 
 
+def test_one_objective_needs_no_list(small_sheet):
+    results = load_results(small_sheet)
+    assert pareto(results, "bits", "mmlu").to_json() == pareto(results, ["bits"], ["mmlu"]).to_json()
+
+
 def test_json_and_csv_shape(small_sheet):
     found = pareto(load_results(small_sheet), ["bits"], ["mmlu", "trust"])
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))

@@ -258,6 +258,12 @@ def test_a_store_that_does_not_answer_is_one_clear_error(read, monkeypatch):
         read("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1")
 
 
+def test_secrets_in_an_address_are_refused_unseen():
+    with pytest.raises(BadInput, match=r"results: s3://\.\.\.@bucket/x holds a password.*AWS_SECRET_ACCESS_KEY") as e:
+        Record("s3://me:hush@bucket/x?region=us-east-1")
+    assert "hush" not in str(e.value)
+
+
 def test_key_prefix(record):
     commit(record, "abc1")
     commit(record, "abd1")

@@ -8,8 +8,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from comptrust.actors.record import Record
 from comptrust.sweep.progress import View
-from comptrust.sweep.summary import print_rows
+from comptrust.sweep.summary import print_rows, print_status
 from rich.console import Console
 
 
@@ -29,6 +30,33 @@ def test_rows_wider_than_the_terminal_stand_as_blocks():
     assert ["column_3", "4.5"] in lines and ["column_29", "[red]x"] in lines
 
 
+def test_errors_of_models_cannot_write_to_the_terminal():
+    failure = {"label": "gptq [red]", "attempts": 1, "error_type": "CellError", "error": "\x1b]0;title\x07 [/] loss"}
+    sweep = {
+        "name": "s[/]", "sweep": "ab", "done": 0, "failed": 1, "left": 0, "total": 1, "running": True, "cells_per_hour": None,
+        "workers": [{"id": 0, "label": "rtn\x1b[2J", "stage": "ethics", "done": 1, "total": 2}], "failures": [failure],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=100)
+    print_status({"results": "r", "cells": 0, "sweeps": [sweep]}, console)
+    text = console.file.getvalue()
+    assert "\x1b" not in text and "\x07" not in text
+    assert "gptq [red]" in text and "[/] loss" in text and "s[/]" in text
+
+
+def test_the_commands_that_follow_can_be_pasted(tmp_path):
+    from comptrust.sweep.summary import print_summary
+
+    place = str(tmp_path / "my results")
+    record = Record(place)
+    record.commit({"key": "k", "model": "m", "method": "dense", "status": "done", "suite": "smoke", "params": {}}, [], [])
+    outcome = SimpleNamespace(
+        interrupted=False, done=1, total=1, failed=0, skipped=0, seconds=1.0, loads=1, stages={}, results=place
+    )
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(outcome, console)
+    assert f"comptrust status '{place}'" in console.file.getvalue()
+
+
 def test_an_interrupted_command_says_so(monkeypatch, capsys):
     from comptrust.sweep import cli, status
 
@@ -43,7 +71,6 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
 
 
 def test_a_long_frontier_shows_its_best(tmp_path):
-    from comptrust.actors.record import Record
     from comptrust.sweep.frontier import pareto, render_frontier
     from comptrust.sweep.results import load_results
 
