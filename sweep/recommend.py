@@ -28,7 +28,7 @@ QUALIFIES, FAILS, UNDECIDED, INVALID = "qualifies", "fails", "undecided", "inval
 RECOMMENDED, NONE = "recommended", "none"
 ALPHA = 0.05
 Limits = dict[str, Any]  # max_drop is a number; the others may be None
-_NEXT = {"smoke": "standard", "standard": "full"}
+_SUITES = ("smoke", "standard", "full")
 
 
 @dataclass(frozen=True)
@@ -470,10 +470,9 @@ def _advice(suite: str, evaluation: str, open_: Sequence[Candidate]) -> str:
         return "no trust dimension was evaluated: there is nothing to decide by"
     if _published(evaluation):
         return "a published table has no items: thresholds and seed spread only; evaluate the cells you mean to deploy"
-    larger = _NEXT.get(suite)
     return (
-        f"undecided: run suite {larger}"
-        if larger
+        f"undecided: run suite {_SUITES[_SUITES.index(suite) + 1]}"
+        if suite in _SUITES[:-1]
         else "undecided even on the full suite: accept a wider limit, or evaluate more samples"
     )
 
@@ -483,10 +482,11 @@ def _advice(suite: str, evaluation: str, open_: Sequence[Candidate]) -> str:
 
 def importance(c: Choice) -> tuple[Any, ...]:
     """Order of answers, the first is the answer over all: own models before published ones; a recommendation before an undecided
-    one before none; among recommended models the cell with the most trust."""
+    one before none; among recommended cells those of the largest suite, there the one with the most trust."""
     found = next((x for x in c.candidates if x.key == c.cell), None)
     trust = found.trust if found is not None and found.trust is not None else -math.inf
-    return _published(c.evaluation), (RECOMMENDED, UNDECIDED, NONE).index(c.verdict), -trust, c.model, c.suite
+    evidence = _SUITES.index(c.suite) if c.verdict == RECOMMENDED and c.suite in _SUITES else 0
+    return _published(c.evaluation), (RECOMMENDED, UNDECIDED, NONE).index(c.verdict), -evidence, -trust, c.model, c.suite
 
 
 def _summary(choices: Sequence[Choice], best: Choice, limits: Limits) -> str:

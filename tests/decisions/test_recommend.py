@@ -171,6 +171,17 @@ def test_a_drop_that_another_evaluation_shows_is_no_release(tmp_path):
     assert "ethics drops 30.0 points" in found.choices[1].candidates[0].reasons[0]
 
 
+def test_of_two_recommendations_the_larger_suite_has_the_word(tmp_path):
+    """Trust of different questions does not compare: the easy small suite would always win."""
+    r = Record(tmp_path)
+    for suite, wrong in (("smoke", 0), ("full", 50)):
+        right = {"ethics": answers("ethics", [i >= wrong for i in range(1000)])}
+        for method, bits, size in (("dense", None, 100), ("rtn", 8, 50)):
+            write_cell(r, method, right, suite=suite, evaluation=suite, bits=bits, size_bytes=size, artifact_key=method)
+    found = recommend(load_results(tmp_path))
+    assert [(c.suite, c.verdict) for c in found.choices] == [("full", "recommended"), ("smoke", "recommended")]
+
+
 def test_what_was_not_evaluated_is_said(tmp_path):
     results, _ = record(tmp_path, 1000, [(cell(8, 8000), 0)])
     found = recommend(results)
