@@ -114,7 +114,7 @@ def evaluate_tasks(
     assert results is not None
     rows = []
     for task, metrics in results.get("results", {}).items():
-        n = int((results.get("n-samples", {}).get(task) or {}).get("effective", 0))
+        n = int(metrics["sample_len"])  # also of groups, which `n-samples` leaves out
         for name, value in metrics.items():
             metric, _, kind = name.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):

@@ -106,6 +106,26 @@ def test_a_whole_task(tiny_model, tokenizer, tmp_path):
     assert row.ci_low < row.value < row.ci_high
 
 
+def test_a_group_counts_the_documents_of_its_tasks(tiny_model, tokenizer, tmp_path, monkeypatch):
+    from comptrust.actors.evaluate.lm_eval import evaluate_tasks
+    from lm_eval import evaluator
+
+    for name, n in (("one", 3), ("two", 4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"q": q, "choices": ["a", "b"], "a": 0} for q in QUESTIONS[:n]]))
+        task = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.json")}},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+            "doc_to_target": "a", "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    group = {"group": "both_of_them", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "group.yaml").write_text(json.dumps(group))
+    manager = evaluator.TaskManager
+    monkeypatch.setattr(evaluator, "TaskManager", lambda *a, **k: manager(*a, **k, include_path=str(tmp_path)))
+    rows = evaluate_tasks(Generator(tiny_model, tokenizer), ["both_of_them"])
+    assert {r.scenario: r.n for r in rows if r.metric == "acc"} == {"both_of_them": 7, "one": 3, "two": 4}
+
+
 def test_unknown_task():
     from comptrust.actors.evaluate.lm_eval import check_tasks
 
