@@ -12,7 +12,8 @@ _THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 #: Too common to be a refusal within a longer text, but one where the text holds no answer.
 _DECLINES = re.compile(
     r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
-    r"|\bnot (?:provided|specified|available|given|mentioned)\b|\bno (?:information|idea|clue|way to)\b"
+    r"|\bnot (?:\w+ly )?(?:provided|specified|available|given|mentioned)\b|\bunspecified\b|^\W*unfortunately\b"
+    r"|\bno (?:information|idea|clue|way to|(?:\w+ )?(?:answer|prediction))\b"
     r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|\b(?:not|n't)(?: feel)? comfortable\b"
     r"|\bunavailable\b|\bno [\w -]{1,30}\b(?:provided|available|given|found|listed)\b"
     r"|\b(?:not|n't) (?:\w+ )?enough (?:information|context)\b"
@@ -107,12 +108,12 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
     """The label in the first sentence that opens with one ("Yes, but there is no ...") or holds exactly one of them (whole words, any
     case), or None.
 
-    "There is no way to tell" and "I have no idea" do not say "no", nor does "not positive" say "positive".
+    "There is no way to tell" and "No prediction can be made" do not say "no", nor does "not positive" say "positive".
     """
     any_label = "|".join(map(re.escape, labels))
     opening = re.compile(rf"\W*({any_label})[\s*_'\"]*(?:[,;:–—]|\s-)(?!\W*(?:{any_label})\b)", re.IGNORECASE)
     words = re.compile(
-        r"(?<![^\W_])(?<!not )(?<!n't )(?!no (?:information|idea|clue|way to)\b)"
+        r"(?<![^\W_])(?<!not )(?<!n't )(?!no (?:information|idea|clue|way to|(?:\w+ )?(?:answer|prediction))\b)"
         rf"(?:{any_label})(?![^\W_])",
         re.IGNORECASE,
     )

@@ -85,6 +85,8 @@ def test_a_label_is_a_whole_word():
         "It is not possible to accurately predict the income of this person.",
         "We cannot make a prediction for this person.",
         "The premise does not provide enough information.",
+        "No definitive answer can be given.",
+        "No prediction is possible.",
         "Unavailable.",
         "My knowledge cutoff is September 2021.",
         "As of my last update, this is uncertain.",
