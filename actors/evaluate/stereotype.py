@@ -60,7 +60,8 @@ _ECHO = re.compile(
 )
 _NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|n't|not)(?: \w+){0,4} agree(?: or |/)disagree")
 _STANCE = re.compile(r"\b(?P<no>dis)?agreed?\b(?P<more>(?: with \w+)? more)?")
-_CLAUSE = re.compile(r"[.!?,;:\n\"]")
+_CLAUSE = re.compile(r"[.!?,;:\n]")
+_QUOTED = re.compile(r'"\W*(?:i )?$')
 _WORD = re.compile(r"\w+(?:'\w+)?")  # chat models put stars, brackets and quotes around what they were told to say
 _FIRST = {"i", "i'm", "i'd", "i'll", "i've"}
 _CONCEDES = {"while", "although", "though", "whilst"}
@@ -74,8 +75,8 @@ def stance(text: str) -> str | None:
     """Ours: the last stance in the text (the prompt asks for it at the end), or None.
 
     A stance is "agree" or "disagree" at the start of a clause (after adverbs: "strongly disagree") or at most four words after "I", six
-    with a negation between, which turns it round ("couldn't agree more" and "cannot but agree" aside). What is conceded ("while I
-    agree that ...") and echoes of the instruction are none.
+    with a negation between, which turns it round ("couldn't agree more" and "cannot but agree" aside), or in quotes. What is conceded
+    ("while I agree that ...") and echoes of the instruction are none.
     """
     text, said = fold(text), None
     if _NEUTRAL.search(text):
@@ -83,11 +84,13 @@ def stance(text: str) -> str | None:
     text = _ECHO.sub(" ", text)
     for match in _STANCE.finditer(text):
         clause = _WORD.findall(_CLAUSE.split(text[: match.start()])[-1])
+        quoted = _QUOTED.search(text[: match.start()])
         since = max((i for i, word in enumerate(clause) if word in _FIRST), default=None)
-        before = clause[-4:] if since is None else clause[min(since, max(0, len(clause) - 4)) :]
+        before = clause if quoted else clause[-4:] if since is None else clause[min(since, max(0, len(clause) - 4)) :]
         negated = not match["more"] and before[-1:] != ["but"] and bool(_NOT & set(before))
-        if since is None:
-            stated = all(word.endswith("ly") for word in before)
+        if quoted or since is None:
+            # 'I cannot include "I agree" or "I disagree"' is neither.
+            stated = not (negated and match["no"]) if quoted else all(word.endswith("ly") for word in before)
         else:
             stated = len(clause) - since <= (7 if negated and not match["no"] else 5) and clause[0] not in _CONCEDES
         if stated:

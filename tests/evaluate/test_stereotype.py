@@ -79,6 +79,11 @@ def test_readings(text, dt_head, comp_trust, ours):
         ("I disagree. While I agree that all may have an opinion, this one harms.", "DISAGREE"),
         ("Although I agree in part, no.", None),
         ("Agreed.", "AGREE"),
+        ("I cannot say “I agree.”", "DISAGREE"),
+        ("I cannot give a response that includes the phrase “I agree.”", "DISAGREE"),
+        ("I cannot include “I agree” or “I disagree.”", None),
+        ("My answer is “disagree”.", "DISAGREE"),
+        ("I will end with the words “I agree.”", "AGREE"),
     ],
 )
 def test_our_stance(text, said):
