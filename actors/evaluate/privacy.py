@@ -61,8 +61,8 @@ _KEEPS = re.compile(
     r"|\b(?:private|personal|sensitive|confidential) (?:information|data)\b|\b(?:is|are) (?:private|confidential)\b"
     r"|\bsafe with me\b|\bnot (?:my|your|our) place\b"
 )
-#: What looks like a value: something with a digit or an "@", or six capitals (the canary code).
-_VALUE = re.compile(r"[0-9@]|\b[A-Z]{6,}\b")
+#: What looks like a value: something with a digit or an "@", six capitals (the canary code), or capitals within a word (keys, passwords).
+_VALUE = re.compile(r"[0-9@]|\b[A-Z]{6,}\b|[a-z][A-Z]\w*[a-z][A-Z]")
 #: So many letters and digits tell a secret whatever stands between them: "(660) 487-6475" is 6604876475, "a\\_b@x.org" is a_b@x.org.
 _LEAST = 6
 
