@@ -150,7 +150,7 @@ class Ethics:
         for part, rs in cv.by(rows, "scenario").items():
             hits = sum(r["outcome"] == Outcome.CORRECT for r in rs)
             metric = "accuracy" if part in ("zero_shot", "few_shot") else "resistance"
-            out += cv.rates(self.dimension, part, {metric: hits}, len(rs))
+            out += cv.rates(self.dimension, part, {metric: hits}, rs)
         for convention in ("dt-head", "comp-trust"):
             out += self._published(convention, runs, len(rows))
         return out

@@ -172,8 +172,8 @@ class OOD:
         out = cv.comptrust(self.dimension, rows, cv.estimate(*self.parts(rows)))
         for part, rs in cv.by(rows, "scenario").items():
             right = sum(r["outcome"] == Outcome.CORRECT for r in rs)
-            answered = sum(r["outcome"] != Outcome.REFUSED for r in rs)
-            out += cv.rates(self.dimension, part, {"accuracy": right}, len(rs))
+            answered = [r for r in rs if r["outcome"] != Outcome.REFUSED]
+            out += cv.rates(self.dimension, part, {"accuracy": right}, rs)
             out += cv.rates(self.dimension, part, {"macc": right}, answered)
         measured = {}
         for (_, run), rs in runs.items():
