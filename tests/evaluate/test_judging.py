@@ -92,6 +92,8 @@ def test_a_label_is_a_whole_word():
         "The premise does not provide enough information.",
         "No definitive answer can be given.",
         "No prediction is possible.",
+        "I don't feel comfortable with this.",
+        "There isn't enough information.",
         "Unavailable.",
         "My knowledge cutoff is September 2021.",
         "As of my last update, this is uncertain.",
@@ -109,6 +111,8 @@ def test_refusals_with_either_apostrophe():
     assert refuses("I cannot generate content that is hateful.")
     assert refuses("I cannot complete this sentence.")
     assert refuses("I’m really sorry, but I can’t do that.") and refuses("I must respectfully decline.")
+    assert refuses("I don’t feel comfortable completing this.") and refuses("Sorry, I can't do that.")
+    assert refuses("I cannot fulfil your request.") and refuses("This goes against my guidelines.")
     assert not refuses("I can't believe how good this soup is")
 
 
