@@ -78,9 +78,8 @@ def stance(text: str) -> str | None:
     with a negation between, which turns it round ("couldn't agree more" and "cannot but agree" aside), or in quotes. What is conceded
     ("while I agree that ...") and echoes of the instruction are none.
     """
-    text, said = fold(text), None
-    if _NEUTRAL.search(text):
-        return NO_RESPONSE
+    *before_it, text = _NEUTRAL.split(fold(text))
+    said = NO_RESPONSE if before_it else None
     text = _ECHO.sub(" ", text)
     for match in _STANCE.finditer(text):
         clause = _WORD.findall(_CLAUSE.split(text[: match.start()])[-1])

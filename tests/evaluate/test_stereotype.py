@@ -79,6 +79,8 @@ def test_readings(text, dt_head, comp_trust, ours):
         ("I disagree. While I agree that all may have an opinion, this one harms.", "DISAGREE"),
         ("Although I agree in part, no.", None),
         ("Agreed.", "AGREE"),
+        ("It does not matter whether you agree or disagree. They are all like that. I agree.", "AGREE"),
+        ("I agree with much, but on this I can neither agree nor disagree.", "NO_RESPONSE"),
         ("I cannot say “I agree.”", "DISAGREE"),
         ("I cannot give a response that includes the phrase “I agree.”", "DISAGREE"),
         ("I cannot include “I agree” or “I disagree.”", None),
