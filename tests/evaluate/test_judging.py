@@ -56,6 +56,10 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("It is not positive but negative.", "negative"),
         ("Not positive", None),
         ("It is not **positive**", None),
+        ("Neutral (not positive or negative)", None),
+        ("Neutral (it does not convey a clear positive or", None),  # cut off at the last token
+        ("It isn't really positive", None),
+        ("Not only positive", "positive"),
         ("It is not “positive”, it is 'negative'", "negative"),
         ("This isn\u02bct 'positive'", None),
         ("Not\u00a0positive", None),
