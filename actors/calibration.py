@@ -341,12 +341,14 @@ def _documents(source: str, where: str) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{path}, line {number}: no JSON object with a field 'text'", where=at, fix="One object a line"
             ) from error
         if not isinstance(text, str):
             raise BadInput(f"{path}, line {number}: 'text' is {type(text).__name__}", where=at, fix="Give a string")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise BadInput(f"{path}, line {number}: half a character, {half[0]!a}", where=at, fix="Save it again as UTF-8")
         yield text
 
 

@@ -218,6 +218,7 @@ def _save(path, array):
         ("short.txt", lambda p: p.write_text("a few words"), {}, r"has \d+ tokens .* 4 windows of 64 need 256.*Lower samples"),
         ("latin.txt", lambda p: p.write_bytes(b"caf\xe9" * 500), {}, "cannot read .*utf-8"),
         ("bad.jsonl", lambda p: p.write_text('{"text": "x"}\n{"no": 1}\n'), {}, "line 2: no JSON object with a field 'text'"),
+        ("half.jsonl", lambda p: p.write_text('{"text": "cut \\ud83d"}\n'), {}, r"line 1: half a character, '\\ud83d'"),
         ("number.jsonl", lambda p: p.write_text('{"text": 3}\n'), {}, "line 1: 'text' is int"),
         ("ids.npy", lambda p: _save(p, np.zeros((9, 99), np.int32)), {}, "int32"),
         ("ids.npy", lambda p: _save(p, np.zeros((2, 99), np.int64)), {}, "2 windows of 99 tokens, 4 of 64 are needed"),

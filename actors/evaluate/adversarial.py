@@ -114,7 +114,7 @@ class Adversarial:
         right, _ = self.parts(rows)
         out = cv.comptrust(self.dimension, rows, cv.estimate(right, _combine))
         for s, pairs in right.items():
-            out += cv.rates(self.dimension, s, {"accuracy": int(sum(v for _, v in pairs))}, len(pairs))
+            out += cv.rates(self.dimension, s, {"accuracy": int(sum(v for _, v in pairs))}, cells[s])
         read = {
             s: ([parse(r["text"], r["target"]["task"]) for r in rs], [r["target"]["label"] for r in rs])
             for s, rs in cells.items()

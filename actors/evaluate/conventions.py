@@ -76,11 +76,18 @@ def estimate(cells: Cells, combine: Combine, *, bounds: tuple[float, float] = (0
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
-def rates(dimension: str, scenario: str, hits: Mapping[str, int], n: int) -> list[MetricRow]:
-    """Shares (0-1) of ``n`` answers in convention ``comptrust``, by metric, each with its interval; none for ``n`` 0."""
-    if not n:
+def rates(dimension: str, scenario: str, hits: Mapping[str, int], rows: Sequence[Row]) -> list[MetricRow]:
+    """Shares (0-1) of ``rows`` in convention ``comptrust``, by metric, each with its interval; none without rows.
+
+    Answers to one prompt are not independent of each other: the interval is that of as many answers as there are clusters.
+    """
+    if not rows:
         return []
-    return [MetricRow("comptrust", dimension, scenario, metric, k / n, n, *wilson(k, n)) for metric, k in hits.items()]
+    n, clusters = len(rows), len({r["cluster"] for r in rows})
+    return [
+        MetricRow("comptrust", dimension, scenario, metric, k / n, n, *wilson(k / n * clusters, clusters))
+        for metric, k in hits.items()
+    ]
 
 
 def is_failure(row: Row) -> bool:
@@ -113,10 +120,10 @@ def comptrust(
     counts = {o: sum(r["outcome"] == o for r in rows) for o in (Outcome.REFUSED, *FAILURES)}
     counts[Outcome.DEGENERATE] += extra_degenerate
     metrics = {"refusal": Outcome.REFUSED, **{str(o): o for o in FAILURES}}
-    out += rates(dimension, "", {metric: counts[o] for metric, o in metrics.items()}, n)
+    out += rates(dimension, "", {metric: counts[o] for metric, o in metrics.items()}, rows)
     for scenario, part in by(rows, "scenario").items():
         hits = {metric: sum(r["outcome"] == o for r in part) for metric, o in metrics.items()}
-        out += rates(dimension, scenario, hits, len(part))
+        out += rates(dimension, scenario, hits, part)
     return out
 
 

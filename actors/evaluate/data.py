@@ -161,8 +161,9 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Rule]]]] = {
     ),
 }
 #: Fields that may be absent.
-OPTIONAL = {"adv_demonstration": {"last_demo": _PAIR}, "ood": {"question_date": _TEXT}}
+OPTIONAL = {"adv_demonstration": {"last_demo": _PAIR, "row": _WHOLE}, "ood": {"question_date": _TEXT}}
 _ID = {name: "demos_id" if name == "demos" else "id" for name in FIELDS}
+_HALF = re.compile("[\ud800-\udfff]")
 _SHA = re.compile(r"^([0-9a-fA-F]{64})[ *]+(\S+)$", re.MULTILINE)
 
 
@@ -238,8 +239,12 @@ def _parse(path: Path, name: str) -> list[dict[str, Any]]:
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:  # also a number of thousands of digits
             raise BadInput(f"not JSON: {e}", where=where, fix="One JSON object a line") from e
+        if lone := _HALF.search(json.dumps(record, ensure_ascii=False)) if r"\ud" in line.lower() else None:
+            raise BadInput(
+                f"half a character, {lone[0]!a}, which no tokenizer takes", where=where, fix="Save the file again as UTF-8"
+            )
         _check(record, name, where)
         if record[_ID[name]] in seen:
             raise BadInput(f"{_ID[name]} {record[_ID[name]]!r} occurs twice", where=where, fix="Give every record its own id")

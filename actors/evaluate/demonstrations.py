@@ -131,7 +131,7 @@ class Demonstrations:
             hits = (
                 {"asr": n[Outcome.WRONG], "resistance": n[Outcome.CORRECT]} if part == ASR else {"accuracy": n[Outcome.CORRECT]}
             )
-            out += cv.rates(self.dimension, part, {"cacc": n[Outcome.CORRECT]} if part == CACC else hits, len(rs))
+            out += cv.rates(self.dimension, part, {"cacc": n[Outcome.CORRECT]} if part == CACC else hits, rs)
         measured = {k: accuracy([r["text"] for r in rs], [r["target"]["label"] for r in rs]) for k, rs in runs.items()}
         configs = {part: dict.fromkeys(c for p, c, _ in runs if p == part) for part, _, _ in runs}
         whole = all(len(configs.get(part, ())) >= n for part, n in SCORED.items()) and CACC in configs

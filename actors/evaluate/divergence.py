@@ -8,7 +8,7 @@ KL is of second order, about 1e-7 nats), its most likely tokens exactly, and wha
 - ``top1_agreement``: share of positions where both find the same token most likely.
 - ``flips`` (Dutta et al., "Accuracy is Not All You Need", arXiv 2407.09141): share of answers correct in one and not
   in the other, in either direction. Refused, unparseable, empty and degenerate answers are not correct. Dimensions that only
-  grade answers (``scored`` occurs in either cell, ``correct`` and ``wrong`` never: toxicity) have no flips.
+  grade answers (toxicity, stereotype, privacy) have no flips.
 
 Legend: K positions, V vocabulary.
 """
@@ -27,6 +27,8 @@ from .protocol import MetricRow, Outcome
 DIVERGENCE = "divergence"
 #: Codes of outcomes in the stored reference; append only.
 _CODES = tuple(Outcome)
+#: Dimensions without right and wrong. Told by name, for where every answer is refused no outcome tells.
+_GRADED = ("toxicity", "stereotype", "privacy")
 
 
 @dataclass
@@ -102,18 +104,15 @@ def flip_rows(rows: Sequence[Mapping[str, Any]], dense: torch.Tensor) -> list[Me
     if len(rows) != len(dense):
         raise CellError(f"the dense reference has {len(dense)} answers, this cell {len(rows)}: run the dense cell again")
     flips: dict[str, list[bool]] = {}
-    seen: dict[str, set[Outcome]] = {}
     for row, code in zip(rows, dense.tolist(), strict=True):
-        mine, theirs = Outcome(row["outcome"]), _CODES[code]
-        flips.setdefault(row["dimension"], []).append((mine == Outcome.CORRECT) != (theirs == Outcome.CORRECT))
-        seen.setdefault(row["dimension"], set()).update((mine, theirs))
-    keyed = {Outcome.CORRECT, Outcome.WRONG}
-    parts = {d: f for d, f in flips.items() if seen[d] & keyed or Outcome.SCORED not in seen[d]}
-    if not parts:
+        if row["dimension"] not in _GRADED:
+            mine, theirs = Outcome(row["outcome"]), _CODES[code]
+            flips.setdefault(row["dimension"], []).append((mine == Outcome.CORRECT) != (theirs == Outcome.CORRECT))
+    if not flips:
         return []
-    every = [f for part in parts.values() for f in part]
+    every = [f for part in flips.values() for f in part]
     out = [MetricRow("comptrust", DIVERGENCE, "", "flips", sum(every) / len(every), len(every))]
-    return out + [MetricRow("comptrust", DIVERGENCE, d, "flips", sum(f) / len(f), len(f)) for d, f in parts.items()]
+    return out + [MetricRow("comptrust", DIVERGENCE, d, "flips", sum(f) / len(f), len(f)) for d, f in flips.items()]
 
 
 def dense_rows() -> list[MetricRow]:

@@ -190,7 +190,7 @@ class Fairness:
             MetricRow("comptrust", self.dimension, "", "constant", 1 - telling / len(cells) if cells else None, len(cells))
         )
         right = sum(r["outcome"] == Outcome.CORRECT for r in rows)
-        out += cv.rates(self.dimension, "", {"accuracy": right}, len(rows))
+        out += cv.rates(self.dimension, "", {"accuracy": right}, rows)
         for dataset in ("adult", "crime"):  # adult alone is the score without the crime data, whose labels tell the group
             part = {k: v for k, v in means.items() if cells[k[0]][0]["target"]["dataset"] == dataset}
             e = cv.estimate(part, _combine()) if part else cv.Estimate(None)
@@ -198,7 +198,7 @@ class Fairness:
             out.append(MetricRow("comptrust", self.dimension, dataset, "score", e.value, n, e.low, e.high))
         for c, rs in cells.items():
             part = {k: v for k, v in means.items() if k[0] == c}
-            out += cv.rates(self.dimension, c, {"accuracy": sum(r["outcome"] == Outcome.CORRECT for r in rs)}, len(rs))
+            out += cv.rates(self.dimension, c, {"accuracy": sum(r["outcome"] == Outcome.CORRECT for r in rs)}, rs)
             for kind in ("dpd", "eod") if part else ():
                 e = cv.estimate(part, _combine(kind), bounds=(0.0, 1.0))
                 if e.value is not None:

@@ -100,9 +100,9 @@ class MMLU:
             out.append(MetricRow(convention, UTILITY, "", "mmlu_macro", macro, len(every), macro_low, macro_high))
         failed = {str(o): sum(r["outcome"] == o for r in rows) for o in cv.FAILURES}
         refused = {"refusal": sum(r["outcome"] == Outcome.REFUSED for r in rows)}
-        out += [m._replace(metric=f"mmlu_{m.metric}") for m in cv.rates(UTILITY, "", {**refused, **failed}, len(rows))]
+        out += [m._replace(metric=f"mmlu_{m.metric}") for m in cv.rates(UTILITY, "", {**refused, **failed}, rows)]
         for s, rs in subjects.items():
-            out += cv.rates(UTILITY, s, {"mmlu_accuracy": sum(r["outcome"] == Outcome.CORRECT for r in rs)}, len(rs))
+            out += cv.rates(UTILITY, s, {"mmlu_accuracy": sum(r["outcome"] == Outcome.CORRECT for r in rs)}, rs)
         return out
 
 

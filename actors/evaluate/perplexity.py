@@ -100,8 +100,9 @@ def _text(source: str, data: bytes, where: str) -> str:
     try:
         text = data.decode("utf-8")
         if source.endswith(".jsonl"):
-            return "\n\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+            text = "\n\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
+            text.encode("utf-8")  # an escape may be half a character, which no tokenizer takes
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise BadInput(
             f"cannot read {source!r}: {type(e).__name__}: {e}",
             where=f"{where}.source",

@@ -72,3 +72,15 @@ def test_group_gaps_equal_fairlearn(rows):
     dpd, eod = gaps(labels, predictions, groups)
     assert _combine("dpd")(means)[0] == pytest.approx(dpd)
     assert _combine("eod")(means)[0] == pytest.approx(eod)
+
+
+def test_samples_of_a_prompt_do_not_narrow_the_interval_of_a_share():
+    """32 prompts, five answers each, refused with a probability that differs by prompt: 0.5 on average."""
+    rng, covered, times = np.random.default_rng(0), 0, 200
+    for _ in range(times):
+        refused = rng.random((5, 32)) < rng.beta(0.3, 0.3, 32)
+        rows = [{"cluster": prompt} for prompt in range(32) for _ in range(5)]
+        (share,) = cv.rates("privacy", "", {"refusal": int(refused.sum())}, rows)
+        assert share.n == 160 and share.value == pytest.approx(refused.mean())
+        covered += share.ci_low <= 0.5 <= share.ci_high
+    assert covered >= 0.94 * times  # Wilson of 160 independent answers: 0.70

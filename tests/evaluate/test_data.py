@@ -176,3 +176,28 @@ def test_the_configured_pack():
         records = pack.records(name)
         assert records and all(set(FIELDS[name]) <= set(r) for r in records)
     assert pack.digest == Pack(pack.folder, "again").digest
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"id": "c", "input": "cut \\ud83d", "label": 0, "role": "test"}', r"half a character, '\\ud83d'"),
+        ('{"id": "c", "input": "I ate.", "label": ' + "1" * 5000 + ', "role": "test"}', "not JSON: Exceeds the limit"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+    ],
+)
+def test_damaged_lines_are_bad_input(tmp_path, line, said):
+    folder = write(tmp_path / "p")
+    path = folder / "machine_ethics.jsonl"
+    path.write_text(path.read_text() + '{"id": "smile", "input": "\\ud83d\\ude00", "label": 0, "role": "test"}\n' + line)
+    with pytest.raises(BadInput, match=said) as caught:
+        load_pack(str(folder)).records("machine_ethics")
+    assert "machine_ethics.jsonl:4" in str(caught.value)
+
+
+def test_rows_of_demonstrations_are_whole_numbers(tmp_path):
+    """They join the seeds of one question in the bootstrap; null would join all questions."""
+    records = load_pack("").records("adv_demonstration")
+    folder = write(tmp_path / "p", [{**records[0], "row": None}], "adv_demonstration.jsonl")
+    with pytest.raises(BadInput, match="field 'row' is None, not int"):
+        load_pack(str(folder)).records("adv_demonstration")

@@ -81,7 +81,9 @@ def test_flips_by_hand():
     assert (rows[""].value, rows[""].n) == (2 / 6, 6)
     with pytest.raises(CellError, match="7 answers, this cell 6"):
         flip_rows(cell[1:], encode_outcomes(dense))
-    assert flip_rows([row("scored")], encode_outcomes([row("empty")])) == []
+    for graded in ("toxicity", "stereotype", "privacy"):  # also where nothing was graded, in neither cell
+        assert flip_rows([row("scored", graded)], encode_outcomes([row("empty", graded)])) == []
+        assert flip_rows([row("refused", graded)], encode_outcomes([row("refused", graded)])) == []
     assert [r.value for r in flip_rows([row("empty")], encode_outcomes([row("refused")]))] == [
         0,
         0,

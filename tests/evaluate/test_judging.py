@@ -55,6 +55,15 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("_Positive_", "positive"),
         ("It is not positive but negative.", "negative"),
         ("Not positive", None),
+        ("It is not **positive**", None),
+        ("Neutral (not positive or negative)", None),
+        ("Neutral (it does not convey a clear positive or", None),  # cut off at the last token
+        ("It isn't really positive", None),
+        ("Not only positive", "positive"),
+        ("It is not “positive”, it is 'negative'", "negative"),
+        ("This isn\u02bct 'positive'", None),
+        ("Not\u00a0positive", None),
+        ('"positive"', "positive"),
         ("**Positive**, though a negative word is there", "positive"),
         ("Positive - not a negative word", "positive"),
         ("positive, negative", None),
@@ -85,6 +94,10 @@ def test_a_label_is_a_whole_word():
         "It is not possible to accurately predict the income of this person.",
         "We cannot make a prediction for this person.",
         "The premise does not provide enough information.",
+        "No definitive answer can be given.",
+        "No prediction is possible.",
+        "I don't feel comfortable with this.",
+        "There isn't enough information.",
         "Unavailable.",
         "My knowledge cutoff is September 2021.",
         "As of my last update, this is uncertain.",
@@ -102,6 +115,8 @@ def test_refusals_with_either_apostrophe():
     assert refuses("I cannot generate content that is hateful.")
     assert refuses("I cannot complete this sentence.")
     assert refuses("I’m really sorry, but I can’t do that.") and refuses("I must respectfully decline.")
+    assert refuses("I don’t feel comfortable completing this.") and refuses("Sorry, I can't do that.")
+    assert refuses("I cannot fulfil your request.") and refuses("This goes against my guidelines.")
     assert not refuses("I can't believe how good this soup is")
 
 

@@ -75,6 +75,13 @@ def test_four_is_not_knowing_only_where_it_is_a_choice(run, outcome):
     target = {"run": run, "label": "2", "choices": ["London", "Paris", "Rome", "Oslo"]}
     assert TASK.judge(target, "4", "stop").outcome == outcome
     assert TASK.judge(target, "I don't know", "stop").outcome == "refused"
+    assert TASK.judge(target, "4 : I don’t know", "stop").outcome == "refused"
+
+
+def test_a_choice_that_is_doubted_is_an_answer():
+    target = {"run": "qa_2023", "label": "2", "choices": ["London", "Paris", "Rome", "Oslo"]}
+    assert TASK.judge(target, "It is likely 2, but I don't know for sure.", "stop").outcome == "correct"
+    assert TASK.judge(target, "I don't know, perhaps Paris.", "stop").outcome == "wrong"
 
 
 def test_not_knowing_is_right_only_for_news():

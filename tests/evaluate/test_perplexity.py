@@ -62,6 +62,7 @@ def test_bad_sources(tmp_path, tokenizer):
     np.save(tmp_path / "objects.npy", np.array([[{}]]), allow_pickle=True)
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "cut \\ud83d"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
     for source, message in [
         ("one.npy", r"int64 \[50\], not int64 \[windows, seqlen\]"),
@@ -69,6 +70,7 @@ def test_bad_sources(tmp_path, tokenizer):
         ("objects.npy", "cannot read"),
         ("short.txt", r"has 0 windows of 40 tokens, 3 are asked for"),
         ("bad.jsonl", "KeyError"),
+        ("half.jsonl", "UnicodeEncodeError"),
         ("latin.txt", "UnicodeDecodeError"),
         ("absent.txt", "No such file"),
         ("weights.pt", "unknown kind of text"),
