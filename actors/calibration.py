@@ -222,6 +222,8 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
                 where=f"{where}.{'system' if system else 'template'}",
                 fix="Leave system out" if system else "Set template: false",
             ) from error
+        if system and system[0]["content"].strip() not in text:
+            raise BadInput("the chat template passes a system prompt over", where=f"{where}.system", fix="Leave system out")
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) < config.seqlen:
             raise BadInput(

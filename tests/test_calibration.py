@@ -182,6 +182,11 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(tmp_path
             {"system": "Be kind."},
             r"system: .* refuses system, .*not supported",
         ),
+        (  # as the first template of Phi-3-mini
+            "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}",
+            {"system": "Be kind."},
+            "system: the chat template passes a system prompt over",
+        ),
         ("{{ raise_exception('Tools only') }}", {}, "template: the chat template refuses user, assistant: Tools only"),
         (
             "{{ messages[-1].content }}",
