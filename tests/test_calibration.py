@@ -247,7 +247,7 @@ def test_bad_sources_say_what_is_wrong_and_what_would_do(tokenizer, tmp_path, na
 @pytest.mark.parametrize(
     "settings",
     [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"weights": [float("nan")]},
-     {"weights": [float("inf")]}, {"system": "x"},
+     {"weights": [float("inf")]}, {"source": ["a", "b"], "weights": [1e308, 1e308]}, {"system": "x"},
      {"samples": 0}, {"seqlen": 4}, {"sample": 3}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings):
