@@ -64,7 +64,7 @@ class CalibrationConfig(BaseModel):
         if self.weights is not None:
             if len(self.weights) != len(self.sources):
                 raise ValueError(f"{len(self.weights)} weights for {len(self.sources)} sources; give one for each")
-            if not all(0 <= w < math.inf for w in self.weights) or not sum(self.weights):
+            if not all(0 <= w < math.inf for w in self.weights) or not 0 < sum(self.weights) < math.inf:
                 raise ValueError(f"weights {self.weights} must be finite and not negative, nor all zero")
         if self.system is not None and not self.template:
             raise ValueError("system has no place without template: true")
@@ -222,6 +222,8 @@ def _wrap(windows: np.ndarray, config: CalibrationConfig, tokenizer: Any, where:
                 where=f"{where}.{'system' if system else 'template'}",
                 fix="Leave system out" if system else "Set template: false",
             ) from error
+        if system and system[0]["content"].strip() not in text:
+            raise BadInput("the chat template passes a system prompt over", where=f"{where}.system", fix="Leave system out")
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) < config.seqlen:
             raise BadInput(

@@ -182,6 +182,11 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(tmp_path
             {"system": "Be kind."},
             r"system: .* refuses system, .*not supported",
         ),
+        (  # as the first template of Phi-3-mini
+            "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}",
+            {"system": "Be kind."},
+            "system: the chat template passes a system prompt over",
+        ),
         ("{{ raise_exception('Tools only') }}", {}, "template: the chat template refuses user, assistant: Tools only"),
         (
             "{{ messages[-1].content }}",
@@ -243,7 +248,7 @@ def test_bad_sources_say_what_is_wrong_and_what_would_do(tokenizer, tmp_path, na
 @pytest.mark.parametrize(
     "settings",
     [{"source": []}, {"source": ["a", "b"], "weights": [1]}, {"weights": [-1.0]}, {"weights": [0.0]}, {"weights": [float("nan")]},
-     {"weights": [float("inf")]}, {"system": "x"},
+     {"weights": [float("inf")]}, {"source": ["a", "b"], "weights": [1e308, 1e308]}, {"system": "x"},
      {"samples": 0}, {"seqlen": 4}, {"sample": 3}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings):

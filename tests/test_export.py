@@ -241,6 +241,32 @@ def test_only_a_hub_id_is_named_as_the_base_model(model, tmp_path):
         assert ("base_model" in card(compressed, "dense", [], cell, None)) == named
 
 
+def test_a_model_that_was_quantised_before_is_not_written_again(model, tmp_path):
+    """As dense weights its int8 codes loaded without a word, with other logits altogether."""
+    for symmetric, folder in ((True, tmp_path / "codes"), (False, tmp_path / "dequantised")):
+        export(compress(model, "rtn", {"group_size": 32, "symmetric": symmetric}), None, folder)
+        read = LlamaForCausalLM.from_pretrained(folder)
+        if symmetric:
+            with pytest.raises(BadInput, match=r"quantised before \(compressed-tensors\).* Copy its own checkpoint"):
+                export(compress(read, "dense", {}), None, tmp_path / "again")
+        else:  # it loads as dense weights
+            out = export(compress(read, "dense", {}), None, tmp_path / "again").path
+            assert torch.equal(logits(LlamaForCausalLM.from_pretrained(out)), logits(read))
+
+
+@pytest.mark.parametrize(
+    ("method", "params"), [("rtn", {"group_size": 32}), ("smoothquant", {}), ("llm_int8", {}), ("nf4", {})]
+)
+def test_a_checkpoint_counts_as_the_cell_it_was_exported_from(tmp_path, method, params):
+    """As a dense cell of its own it had an eighth of its weights, of 19 bits, and lacked bitsandbytes' scales."""
+    made = compress(tiny(torch.float16), method, params, TOKENS)
+    export(made, None, tmp_path / "out")
+    read = compress(LlamaForCausalLM.from_pretrained(tmp_path / "out"), "dense", {})
+    assert read.parameters == made.parameters
+    assert 0 <= read.size_bytes - made.size_bytes <= 100 * len(made.stored)  # shapes and names of data types
+    assert read.bits_per_weight == pytest.approx(8 * made.size_bytes / made.parameters, rel=0.02)
+
+
 def test_what_no_format_holds_is_refused_before_anything_is_written(model, tmp_path):
     act = compress(model, "gptq", {"bits": 4, "group_size": 32, "order": "act"}, TOKENS)
     three = compress(model, "rtn", {"bits": 3, "group_size": 32})

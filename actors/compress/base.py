@@ -142,6 +142,9 @@ class PruningConfig(MethodConfig):
                 values["sparsity"] = 1 - int(n) / int(m)
         return values
 
+    def merged(self, params: Mapping[str, Any]) -> MethodConfig:
+        return super().merged({"sparsity": None, **params} if ":" in str(params.get("pattern")) else params)
+
     def impossible(self) -> str | None:
         nm = parse_pattern(self.pattern)
         if nm and not math.isclose(self.sparsity, 1 - nm[0] / nm[1]):

@@ -120,4 +120,4 @@ def weight_error(dense_OI: torch.Tensor, module: Any) -> float:
         state = copy.copy(module.weight.quant_state)
         W = F.dequantize_4bit(module.weight.data, state).float()
     dense = dense_OI.float()
-    return float((dense - W.view(dense.shape)).norm() / dense.norm())
+    return float((dense - W.view(dense.shape)).norm() / dense.norm().clamp_min(1e-30))

@@ -79,11 +79,19 @@ def export(
     the card. Reloaded by transformers in the dtype of the model here, the logits are the same up to the order of sums, but in
     bfloat16: there readers round the scale, and then its product with the code, where we round that product alone.
 
-    Raises BadInput for an unknown format, one that cannot hold these weights, or an ``out_dir`` with something in it.
+    Raises BadInput for an unknown format, one that cannot hold these weights, a dense cell of a model that is quantised already,
+    or an ``out_dir`` with something in it.
     """
     out = check_output(out_dir)
     if format not in (*FORMATS, "auto"):
         raise BadInput(f"unknown format {format!r}", where="format", fix=f"One of: auto, {', '.join(FORMATS)}")
+    before = compressed.model.config.to_dict().get("quantization_config")
+    if before and not before.get("dequantize"):
+        raise BadInput(
+            f"the model was quantised before ({before.get('quant_method', 'in a format without a name')})",
+            where="model",
+            fix="Copy its own checkpoint: that is what was measured",
+        )
     notes: list[str] = []
     format = _choose(compressed, notes) if format == "auto" else format
     tensors, quantization = _WRITERS[format](compressed, notes)

@@ -46,7 +46,7 @@ class GptqConfig(MethodConfig):
     @model_validator(mode="before")
     @classmethod
     def _variant_defaults(cls, values: Any) -> Any:
-        return VARIANTS.get(values.get("variant", "comptrust"), {}) | values if isinstance(values, dict) else values
+        return VARIANTS.get(str(values.get("variant", "comptrust")), {}) | values if isinstance(values, dict) else values
 
 
 class Grid:

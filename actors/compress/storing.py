@@ -91,9 +91,7 @@ def totals(
     layers = [
         layer_row(stored[row["layer"]], row["error"], row["sparsity"]) for row in layers
     ]  # without scales folded away since
-    unique = {id(p): p for p in dense.parameters()}
-    whole = sum(element_bytes(p) for p in unique.values())
-    parameters = sum(p.numel() for p in unique.values())
+    whole, parameters = whole_model(dense)
     replaced = sum(element_bytes(dense.get_submodule(n).weight) for n in stored)
     packed = sum(s.size_bytes for s in stored.values())
     weights = sum(s.shape[0] * s.shape[1] for s in stored.values())
@@ -109,6 +107,22 @@ def totals(
         sparsity_reached=zeros / weights if isinstance(config, PruningConfig) and weights else None,
         parameters=parameters,
     )
+
+
+def whole_model(model: nn.Module) -> tuple[int, int]:
+    """Bytes and weights of a model as it is held, tied ones once. A layer that came quantised has the bytes of its codes, scales and
+    tables, and as many weights as they stand for."""
+    unique = {id(p): p for p in model.parameters()}
+    size, count = sum(element_bytes(p) for p in unique.values()), sum(p.numel() for p in unique.values())
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features") and (weight is None or weight.element_size() < 2):
+            counted = [p for name, p in module.named_parameters(recurse=False) if name != "bias"]
+            size += sum(element_bytes(t) for name, t in module.state_dict().items() if name != "bias")
+            size -= sum(element_bytes(p) for p in counted)
+            count += module.in_features * module.out_features - sum(p.numel() for p in counted)
+    return size, count
 
 
 def moved_to(s: StoredLinear, device: torch.device) -> StoredLinear:

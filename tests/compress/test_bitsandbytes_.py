@@ -47,6 +47,15 @@ def test_reported_error_is_that_of_what_the_module_computes(llama):
     assert row["error"] == pytest.approx(float((W - seen).norm() / W.norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["llm_int8", "nf4", "fp4"])
+def test_a_layer_of_zeros_has_no_error(method):
+    """Models that were made deeper start new blocks so; NaN in the table would spoil every mean over layers."""
+    model = make_llama(layers=1)
+    model.model.layers[0].mlp.down_proj.weight.zero_()
+    errors = {row["layer"].rpartition(".")[2]: row["error"] for row in compress(model, method, {}).layers}
+    assert errors.pop("down_proj") == 0 and all(e > 0 for e in errors.values())
+
+
 def test_other_widths_do_not_exist():
     assert "4 bits, not 3" in incompatible("nf4", {"bits": 3}, None)
     assert "8 bits, not 4" in incompatible("llm_int8", {"bits": 4}, None)

@@ -50,6 +50,7 @@ def test_defaults_are_complete_json_and_stable(method):
         ("magnitude", {"scope": "block"}, "methods[1].scope", "block"),
         ("nf4", {"block_size": 100}, "methods[1].block_size", "100"),
         ("gptq", {"damping": 0}, "methods[1].damping", "0"),
+        ("gptq", {"variant": {"reference": None}}, "methods[1].variant", "Input should be 'comptrust' or 'reference'"),
     ],
 )
 def test_bad_values_say_where_and_what(method, params, where, says):

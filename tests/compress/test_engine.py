@@ -255,6 +255,17 @@ def test_an_override_means_the_same_however_its_base_is_written(llama, tokens, m
     assert torch.equal(plain.model.get_submodule(first).weight, alone.model.get_submodule(first).weight)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "gblm"])
+def test_a_pattern_in_an_override_brings_its_sparsity_whatever_the_base_has(method):
+    """A base with another sparsity than the pattern's made the cell impossible, for no reason that the override named."""
+    spec = METHODS[method].config
+    config = spec.model_validate(check(method, {"sparsity": 0.6, "overrides": {"*q": {"pattern": "1:4"}, "*k": {}}}))
+    assert [config.for_layer(n).sparsity for n in ("q", "k")] == [0.75, 0.6]
+    assert config.for_layer("q").impossible() is None
+    both = spec.model_validate({"overrides": {"*q": {"pattern": "1:4", "sparsity": 0.6}}})
+    assert "pattern 1:4 means sparsity 0.75" in both.for_layer("q").impossible()
+
+
 @pytest.mark.parametrize(
     ("method", "params"),
     [
