@@ -66,9 +66,9 @@ def resolve(spec: str, *, where: str = "model", allow_bin: bool = False) -> Mode
         path = _in_package(spec.removeprefix("package:"), where)
         return ModelRef(spec, "package", _revision([path]), path)
     folder = Path(spec).expanduser()
-    if folder.is_file() and folder.suffix == ".gguf":
+    if os.path.isfile(folder) and folder.suffix == ".gguf":
         return ModelRef(spec, "directory", _revision([folder]), folder.resolve())
-    if folder.is_dir():
+    if os.path.isdir(folder):  # pathlib raises where a name is too long
         return _in_directory(spec, folder.resolve(), where, allow_bin)
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise BadInput(
