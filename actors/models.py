@@ -14,7 +14,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,13 +171,14 @@ def file_digest(path: Path) -> str:
 def remember(kind: str, key: list[Any], compute: Callable[[], str]) -> str:
     """A short text kept in the cache folder under ``kind`` and ``key``, computed if it is not there."""
     file = cache_dir() / kind / digest(key)
-    if file.exists():
+    with suppress(OSError):
         return file.read_text()
     value = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False) as out:
-        out.write(value)
-    os.replace(out.name, file)
+    with suppress(OSError):  # where the cache is not ours to write, it is computed every time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False) as out:
+            out.write(value)
+        os.replace(out.name, file)
     return value
 
 
