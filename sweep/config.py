@@ -25,7 +25,7 @@ from ..actors.validation import unknown, validate
 
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 some = Field(min_length=1)  # an axis without values would leave no cell that calibrates
 
 

@@ -72,6 +72,11 @@ def test_yaml_is_1_2():
         ("calibration.seed=[]", r"^calibration.seed: an empty list leaves no cell"),
         ("calibration=[{samples: []}]", r"^calibration\[0\].samples: an empty list leaves no cell"),
         ("methods.3.calibration={template: []}", r"^methods\[3\].calibration.template: an empty list leaves no cell"),
+        (
+            f"calibration.seed={2**63}",
+            r"^calibration.seed: Input should be less than 9223372036854775808",
+        ),  # column of the record
+        (f"evaluation.perplexity.seqlen={2**70}", r"^evaluation.perplexity.seqlen: Input should be less than 2147483648"),
         ("calibration.source=[]", r"^calibration: source is empty"),
         ("calibration.source={a: 1}", r"^calibration.source: Input should be a valid string"),
         ("resources.cache_gb=.inf", r"^resources.cache_gb: Input should be a finite number"),
