@@ -37,7 +37,7 @@ def _config(schema: Any, values: Mapping[str, Any] | None, where: str) -> Any:
 
 
 def compress(
-    model: str,
+    model: str | Path,
     method: str,
     params: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -62,7 +62,7 @@ def compress(
 
     if output is not None:
         check_output(output)
-    dtype = _dtype(dtype)
+    model, dtype = str(model), _dtype(dtype)
     params, calibration = _mapping(params, "params"), _mapping(calibration, "calibration")
     source = calibration.get("source", "builtin")
     size = default_size(source) if isinstance(source, str) else {}
@@ -121,10 +121,10 @@ def compress(
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
     evaluation: Mapping[str, Any] | None = None,
     *,
-    dense: str | None = None,
+    dense: str | Path | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def evaluate(
     from .evaluate.run import evaluate as run
 
     config, dtype = _config(EvaluationConfig, evaluation, "evaluation"), _dtype(dtype)
-    ref, dense_ref = models.resolve(model, where="MODEL"), models.resolve(dense, where="--dense") if dense else None
+    ref, dense_ref = models.resolve(str(model), where="MODEL"), models.resolve(str(dense), where="--dense") if dense else None
     plan = plan_evaluation(config, load_pack())
     check_evaluation(config, tokenizer := models.load_tokenizer(ref), models.load_config(ref))
     if dense_ref and models.load_tokenizer(dense_ref).get_vocab() != tokenizer.get_vocab():

@@ -51,7 +51,7 @@ class CalibrationConfig(BaseModel):
     weights: list[float] | None = Field(None, description="share of the windows from each source; None: equal shares")
     samples: int = Field(128, ge=1, description="windows; 128 is the published setting of GPTQ, Wanda and SparseGPT")
     seqlen: int = Field(2048, ge=8, description="tokens a window")
-    seed: int = Field(0, ge=0, description="draws offset and starts; a .npy file is taken in order and has no draw")
+    seed: int = Field(0, ge=0, lt=2**63, description="draws offset and starts; a .npy file is taken in order and has no draw")
     template: bool = Field(
         False, description="wrap each window as a user's and an assistant's turn of the model's chat template"
     )

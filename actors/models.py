@@ -14,7 +14,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,9 +66,9 @@ def resolve(spec: str, *, where: str = "model", allow_bin: bool = False) -> Mode
         path = _in_package(spec.removeprefix("package:"), where)
         return ModelRef(spec, "package", _revision([path]), path)
     folder = Path(spec).expanduser()
-    if folder.is_file() and folder.suffix == ".gguf":
+    if os.path.isfile(folder) and folder.suffix == ".gguf":
         return ModelRef(spec, "directory", _revision([folder]), folder.resolve())
-    if folder.is_dir():
+    if os.path.isdir(folder):  # pathlib raises where a name is too long
         return _in_directory(spec, folder.resolve(), where, allow_bin)
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise BadInput(
@@ -171,13 +171,14 @@ def file_digest(path: Path) -> str:
 def remember(kind: str, key: list[Any], compute: Callable[[], str]) -> str:
     """A short text kept in the cache folder under ``kind`` and ``key``, computed if it is not there."""
     file = cache_dir() / kind / digest(key)
-    if file.exists():
+    with suppress(OSError):
         return file.read_text()
     value = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False) as out:
-        out.write(value)
-    os.replace(out.name, file)
+    with suppress(OSError):  # where the cache is not ours to write, it is computed every time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False) as out:
+            out.write(value)
+        os.replace(out.name, file)
     return value
 
 

@@ -162,13 +162,13 @@ class Record:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def check_readable(self) -> None:
+    def check_readable(self, where: str = "RESULTS") -> None:
         """``BadInput`` if the place does not answer: no network, no such bucket, no right to read."""
         try:
             self.fs.get_file_info(self.root)
-        except OSError as e:
+        except (OSError, ValueError) as e:
             raise BadInput(
-                f"cannot read {self.uri!r}: {e}", where="RESULTS", fix="Check the address, the network and the credentials."
+                f"cannot read {self.uri!r}: {e}", where=where, fix="Check the address, the network and the credentials."
             ) from e
 
     def get(self, path: str) -> bytes | None:

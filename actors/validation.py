@@ -26,7 +26,7 @@ def validate(model: type[BaseModel], data: Any, where: str = "") -> Any:
         errors = e.errors(include_url=False)
         # A union reports one error a branch; the longest path is the branch that the user meant.
         err = max(errors, key=lambda x: len(x["loc"])) if len({str(x["loc"][:1]) for x in errors}) == 1 else errors[0]
-        path = _yaml_path(err["loc"], data)
+        path = _yaml_path(err["loc"], data, missing=err["type"] == "missing")
         full = ".".join(p for p in (where, path) if p)
         if err["type"] == "extra_forbidden":
             fields = _fields_at(model, err["loc"])
@@ -56,13 +56,13 @@ def _shape(model: type[BaseModel], err: Any) -> tuple[str, str] | None:
     return None
 
 
-def _yaml_path(loc: tuple[int | str, ...], data: Any) -> str:
-    """Only the parts of a pydantic location that are keys or indices of the data (a union adds its branches)."""
+def _yaml_path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> str:
+    """Only the parts of a pydantic location that are keys or indices of the data (a union adds its branches), or a ``missing`` key."""
     out, node = "", data
     for n, part in enumerate(loc):
         if isinstance(part, int) and isinstance(node, list | tuple) and part < len(node):
             out, node = f"{out}[{part}]", node[part]
-        elif isinstance(part, str) and isinstance(node, dict) and (part in node or n == len(loc) - 1):
+        elif isinstance(part, str) and isinstance(node, dict) and (part in node or (missing and n == len(loc) - 1)):
             out, node = f"{out}.{part}" if out else part, node.get(part)
     return out
 

@@ -112,7 +112,8 @@ def changes_of(base: Base, rows: Sequence[Row], dimensions: Sequence[str], thres
             above = below = None
             items = base.effects.contributions.get((row["key"], d))
             if items is not None:
-                above, below = st.drop_p(-items, -threshold), st.drop_p(items, threshold)
+                above = max(st.drop_p(-d, -threshold) for d in items)
+                below = max(st.drop_p(d, threshold) for d in items)
             elif e.basis == "seeds":
                 seeds = np.array(
                     [base.effects.of(k)[d].delta for k in base.effects.seeds(row["key"]) if d in base.effects.of(k)], float

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -23,11 +25,21 @@ from ..actors.validation import unknown, validate
 
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+some = Field(min_length=1)  # an axis without values would leave no cell that calibrates
+
+
+def _whole(gpus: float | None) -> float | None:
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} GPUs: above one Ray gives whole GPUs only")
+    return gpus
+
+
+Gpus = Annotated[float | None, AfterValidator(_whole)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Frozen):
@@ -38,17 +50,17 @@ class ModelConfig(_Frozen):
         default=None, description="dtype of weights and arithmetic; default: bfloat16 with a GPU, float32 without"
     )
     allow_bin: bool = Field(default=False, description="read pytorch_model*.bin (weights only) where there are no safetensors")
-    gpus: float | None = Field(default=None, ge=0, description="GPUs per cell of this model; default: resources.gpus")
+    gpus: Gpus = Field(default=None, ge=0, description="GPUs per cell of this model; default: resources.gpus")
     memory_gb: float | None = Field(default=None, gt=0, description="host memory per cell, GB; default: resources.memory_gb")
 
 
 class CalibrationAxes(CalibrationConfig):
     """Calibration of the sweep; ``samples``, ``seqlen``, ``seed`` and ``template`` may be lists, and are then axes."""
 
-    samples: Count | list[Count] = Field(default=128, description="calibration sequences")  # type: ignore[assignment]
-    seqlen: Length | list[Length] = Field(default=2048, description="tokens a sequence")  # type: ignore[assignment]
-    seed: Seed | list[Seed] = Field(default=0, description="seed that draws the windows")  # type: ignore[assignment]
-    template: bool | list[bool] = Field(default=False, description="wrap texts in the chat template")  # type: ignore[assignment]
+    samples: Count | Annotated[list[Count], some] = Field(default=128, description="calibration sequences")  # type: ignore[assignment]
+    seqlen: Length | Annotated[list[Length], some] = Field(default=2048, description="tokens a sequence")  # type: ignore[assignment]
+    seed: Seed | Annotated[list[Seed], some] = Field(default=0, description="seed that draws the windows")  # type: ignore[assignment]
+    template: bool | Annotated[list[bool], some] = Field(default=False, description="wrap texts in the chat template")  # type: ignore[assignment]
 
     def expand(self) -> list[CalibrationConfig]:
         """One ``CalibrationConfig`` for each combination of the axes."""
@@ -101,7 +113,7 @@ class MethodConfig(BaseModel):
 class Resources(_Frozen):
     """What one cell takes, and how often it may be tried."""
 
-    gpus: float | None = Field(
+    gpus: Gpus = Field(
         default=None, ge=0, description="GPUs per cell (0.5: two cells share one); default 1 if the cluster has any, else 0"
     )
     cpus: int = Field(default=1, ge=1, description="CPU threads per cell")
@@ -154,10 +166,13 @@ class SweepConfig(_Frozen):
     def _strings(cls, v: Any) -> Any:
         return [{"id": m} if isinstance(m, str) else m for m in v] if isinstance(v, list | tuple) else v
 
-    def calibrations(self, block: MethodConfig) -> list[CalibrationConfig]:
-        """The calibrations of a method block: its own or the sweep's, every combination of every block."""
-        given = block.calibration or self.calibration
-        return [c for axes in (given if isinstance(given, list) else [given]) for c in axes.expand()]
+    def calibrations(self, index: int) -> list[tuple[CalibrationConfig, str]]:
+        """The calibrations of a method block, its own or the sweep's: every combination of every block, and where it is written."""
+        own = self.methods[index].calibration
+        given, where = (own, f"methods[{index}].calibration") if own else (self.calibration, "calibration")
+        if not isinstance(given, list):
+            return [(c, where) for c in given.expand()]
+        return [(c, f"{where}[{n}]") for n, axes in enumerate(given) for c in axes.expand()]
 
     @model_validator(mode="after")
     def _defaults(self) -> SweepConfig:
@@ -182,6 +197,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """YAML 1.2 (so ``2:4`` is text, ``1e-5`` a number, duplicate keys an error) as plain Python."""
     try:
         return YAML(typ="safe", pure=True).load(text)
+    except RecursionError as e:
+        raise BadInput("nested too deeply", where=where) from e
     except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -196,7 +213,7 @@ def shipped() -> list[str]:
 def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> SweepConfig:
     """``SWEEP`` (a YAML file, a shipped name, or a mapping) with ``a.b=c`` overrides applied."""
     if isinstance(sweep, dict):
-        data, where = json.loads(json.dumps(sweep)), "sweep"
+        data, where = _plain(sweep, "sweep", default=os.fspath), "sweep"
     else:
         path = Path(sweep)
         if path.is_file():
@@ -210,7 +227,7 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
             raise BadInput(
                 f"no sweep {str(sweep)!r}", where="SWEEP", fix=f"{hint}Give a YAML file or one of: {', '.join(names)}."
             )
-        data = parse_yaml(text, where)
+        _plain(data := parse_yaml(text, where), where, default=str)
     if not isinstance(data, dict):
         raise BadInput(
             f"a sweep is a mapping, this is {type(data).__name__}", where=where, fix="Start from `comptrust plan quickstart`."
@@ -218,6 +235,14 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
     for text in overrides:
         override(data, text)
     return validate(SweepConfig, data)
+
+
+def _plain(data: Any, where: str, default: Callable[[Any], str]) -> Any:
+    """A copy as JSON has it; ``default``: text of what JSON does not know."""
+    try:
+        return json.loads(json.dumps(data, default=default, skipkeys=True))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise BadInput(f"no plain data: {e}", where=where, fix="Give text, numbers, lists and mappings.") from e
 
 
 def _read(path: Path) -> str:

@@ -97,7 +97,9 @@ class Effects:
         self.configs: dict[str, list[str]] = {}
         for key, row in self.rows.items():
             self.configs.setdefault(config_of(row), []).append(key)
-        self.contributions: dict[tuple[str, str], np.ndarray] = {}  # paired effects by cluster, points
+        self.contributions: dict[
+            tuple[str, str], list[np.ndarray]
+        ] = {}  # paired effects by cluster, points; the weakest counts
         self._build()
 
     # -- lookups ------------------------------------------------------------------------------------------------------
@@ -164,25 +166,28 @@ class Effects:
                 e = _with(e, seed_sd=spread.sd, seed_unstable=spread.unstable)
             e = _with(e, transitions=items.transitions(dimension, key, dense["key"]))
             paired = items.paired(dimension, key, dense["key"]) if e.delta is not None else None
-            if paired is not None and len(paired.effects_G) >= 2:
-                self.contributions[key, dimension] = paired.effects_G
-                e = _with(e, basis="items", n=len(paired.effects_G), test=paired.test, p=paired.p)
-                columns.append(paired.effects_G)
-                at.append(len(out))
+            if paired is not None and len(paired.effects[0]) >= 2:
+                self.contributions[key, dimension] = paired.effects
+                e = _with(e, basis="items", n=len(paired.effects[0]), test=paired.test, p=paired.p)
+                columns += paired.effects
+                at += [len(out)] * len(paired.effects)
             elif spread and base is not None:
                 e = _with(e, basis="seeds", n=spread.n, low=spread.low - base, high=spread.high - base)
             out.append(e)
-        for i, tested in zip(at, _bootstrap(columns), strict=True):
-            e, d = out[i], columns[at.index(i)]
-            sd = float(d.std(ddof=1))
+        tests: dict[int, list[tuple[np.ndarray, st.Paired]]] = {}
+        for i, d, tested in zip(at, columns, _bootstrap(columns), strict=True):
+            tests.setdefault(i, []).append((d, tested))
+        for i, found in tests.items():
+            e, agree = out[i], len({t.diff > 0 for _, t in found}) == 1
+            detectable = [st.minimum_detectable_effect(float(d.std(ddof=1)), len(d)) for d, _ in found]
             out[i] = _with(
                 e,
-                low=_finite(max(tested.low, -100.0)),
-                high=_finite(min(tested.high, 100.0)),
-                p=e.p if e.test == "mcnemar" else tested.p,
-                p_equivalent=st.tost(d, BAND),
-                drop_upper=_finite(min(100.0, st.upper_bound(-d, 0.95))),
-                mde=_finite(st.minimum_detectable_effect(sd, len(d))),
+                low=_known(min, [max(t.low, -100.0) for _, t in found]),
+                high=_known(max, [min(t.high, 100.0) for _, t in found]),
+                p=e.p if e.test == "mcnemar" else max(t.p for _, t in found) if agree else 1.0,
+                p_equivalent=max(st.tost(d, BAND) for d, _ in found),
+                drop_upper=_finite(min(100.0, max(st.upper_bound(-d, 0.95) for d, _ in found))),
+                mde=_known(max, detectable),
             )
         return out
 
@@ -205,7 +210,10 @@ def _bootstrap(columns: Sequence[np.ndarray]) -> list[st.Paired]:
 
 @dataclass(frozen=True)
 class _PairedItems:
-    effects_G: np.ndarray
+    """``effects``: difference of each cluster [G] that both cells answered; where one answered others too, also of every cluster,
+    whose mean is the change of the whole score. Each alone can hide a drop, so the weaker result of the two counts."""
+
+    effects: list[np.ndarray]
     test: str
     p: float | None
 
@@ -247,14 +255,17 @@ class ItemScores:
         a, b = cell.pseudo(clusters), dense.pseudo(clusters)
         if a is None or b is None:
             return None
-        p, test = None, "bootstrap"
-        if cell.once and dense.once:
+        effects, p, test = [a - b], None, "bootstrap"
+        every = sorted({*cell.clusters, *dense.clusters}, key=str)
+        if len(every) > len(clusters):
+            effects.append(cell.pseudo(every) - dense.pseudo(every))
+        elif cell.once and dense.once:
             x, y = dense.once, cell.once
             lost, won = sum(x[c] > y[c] for c in clusters), sum(x[c] < y[c] for c in clusters)
             # Where scenarios of unequal size count alike, counts of prompts are not the change: they may even go the other way.
             if math.isclose(abs(won - lost) / len(clusters), abs(float(np.mean(a - b))) / 100, abs_tol=1e-9):
                 p, test = st.mcnemar(lost, won), "mcnemar"
-        return _PairedItems(a - b, test, p)
+        return _PairedItems(effects, test, p)
 
     def one_answer(self, dimension: str, key: str) -> tuple[float, Any] | None:
         """(share, label): how many of the answers to questions with two possible labels read as the same label, whatever is asked.
@@ -363,6 +374,11 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def _finite(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
+
+
+def _known(choose: Callable, values: Iterable[float]) -> float | None:
+    """``min`` or ``max`` of those that are numbers; None if that is none, or infinite."""
+    return _finite(choose((v for v in values if not math.isnan(v)), default=math.nan))
 
 
 def clean(value: Any) -> Any:

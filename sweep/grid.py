@@ -178,7 +178,7 @@ def _expand_model(
         raise BadInput(f"{model.id!r} in {dtype} is {twin.model!r} again", where=where, fix="Name a model once in each dtype.")
     grid.need[held(dense)] = model
     grid.cells.append(dense)
-    for block, combinations in blocks:
+    for i, (block, combinations) in enumerate(blocks):
         if block.method == "dense":
             continue
         foreign = block.backend != "comptrust"
@@ -187,14 +187,14 @@ def _expand_model(
             calibrated = backends.needs_calibration(backend, block.method)
         else:
             calibrated = compress.METHODS[block.method].needs_calibration
-        calibrations = _with_digests(config.calibrations(block), ref) if calibrated else [(None, None)]
+        calibrations = _with_digests(config.calibrations(i), ref) if calibrated else [(None, None, "")]
         for params in combinations:
             if foreign:
                 reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
             else:
                 reason = compress.incompatible(block.method, params, hf_config)
                 needed = 0 if reason else compress.required_tokens(block.method, params, hf_config)
-            for spec, digest in calibrations:
+            for spec, digest, at in calibrations:
                 cell = Cell(
                     **base, method=block.method, params=params, backend=backend, calibration=spec, calibration_digest=digest
                 )
@@ -205,30 +205,31 @@ def _expand_model(
                     grid.skipped.append(Skip(model.id, cell.label, reason))
                     break
                 if spec:
-                    _enough(spec, needed, cell.label)
+                    _enough(spec, needed, cell.label, at)
                 if spec and not foreign:
                     try:
-                        compress.check_windows(spec["seqlen"], hf_config.get_text_config())
+                        compress.check_windows(spec["seqlen"], hf_config.get_text_config(), where=f"{at}.seqlen")
                     except BadInput as e:  # a model beside others with a longer context
                         grid.skipped.append(Skip(model.id, cell.label, str(e)))
                         continue
                 grid.cells.append(cell)
 
 
-def _enough(calibration: dict[str, Any], needed: int, label: str) -> None:
+def _enough(calibration: dict[str, Any], needed: int, label: str, where: str) -> None:
     have = calibration["samples"] * calibration["seqlen"]
     if have < needed:
         raise BadInput(
             f"{label} needs {needed} calibration tokens, samples x seqlen gives {have}",
-            where="calibration.samples",
+            where=f"{where}.samples",
             fix=f"Raise samples to {-(-needed // calibration['seqlen'])} or more.",
         )
 
 
-def _with_digests(calibrations: list[CalibrationConfig], ref: Any) -> list[tuple[dict[str, Any], str]]:
+def _with_digests(calibrations: list[tuple[CalibrationConfig, str]], ref: Any) -> list[tuple[dict[str, Any], str, str]]:
+    """Each calibration as plain data, the digest of its tokens, and where it is written."""
     from ..actors.calibration import calibration_digest
 
-    return [(c.model_dump(mode="json"), calibration_digest(c, ref)) for c in calibrations]
+    return [(c.model_dump(mode="json"), calibration_digest(c, ref, where=at), at) for c, at in calibrations]
 
 
 def default_dtype() -> str:

@@ -42,6 +42,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         return _unresolved(config, e)
     prompt = _prompt_tokens(grid.plan)
     record = Record(config.results)
+    record.check_readable(where="results")
     done = record.done()
     per_model = []
     for name, model in grid.need.items():
@@ -129,7 +130,7 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
         base = {"model": model.id, "revision": "", "dtype": model.dtype or default_dtype(), "suite": config.evaluation.suite}
         mine = [Cell(**base, method="dense")]
         seconds = _seconds("dense", 0, params or 0, 2, prompt, evaluation.new_tokens)
-        for block, combinations in blocks:
+        for i, (block, combinations) in enumerate(blocks):
             if block.method == "dense":
                 continue
             backend = block.backend
@@ -137,7 +138,7 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
                 backend, needs = compress.METHODS[block.method].backend, compress.METHODS[block.method].needs_calibration
             else:
                 needs = backends.needs_calibration(backend, block.method)
-            axes = config.calibrations(block) if needs else [None]
+            axes = [c for c, _ in config.calibrations(i)] if needs else [None]
             for filled in combinations:
                 for c in axes:
                     spec = c.model_dump(mode="json") if c else None

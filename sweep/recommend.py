@@ -267,12 +267,13 @@ def _checks(e: Effects, row: Row, limit: float) -> tuple[list[Check], list[str]]
     effects = list(e.of(row["key"]).values())
     invalid = [x.dimension for x in effects if not x.valid]
     tested = [x for x in effects if x.delta is not None and (row["key"], x.dimension) in e.contributions]
-    drops = [-e.contributions[row["key"], x.dimension] for x in tested]
-    p = [st.drop_p(d, limit) for d in drops]
+    drops = [[-d for d in e.contributions[row["key"], x.dimension]] for x in tested]
+    p = [max(st.drop_p(d, limit) for d in both) for both in drops]
     adjusted = st.holm(p)
-    over = st.holm([st.drop_p(-d, -limit) for d in drops])  # H0: the drop is within the limit
+    over = st.holm([max(st.drop_p(-d, -limit) for d in both) for both in drops])  # H0: the drop is within the limit
     levels = st.holm_bounds(p, ALPHA)
-    upper = {x.dimension: min(100.0, st.upper_bound(d, level)) for x, d, level in zip(tested, drops, levels, strict=True)}
+    bounds = [max(st.upper_bound(d, level) for d in both) for both, level in zip(drops, levels, strict=True)]
+    upper = {x.dimension: min(100.0, bound) for x, bound in zip(tested, bounds, strict=True)}
     within = {x.dimension: a for x, a in zip(tested, adjusted, strict=True)}
     beyond = {x.dimension: o for x, o in zip(tested, over, strict=True)}
     out = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -48,11 +48,14 @@ class Resampler:
         """(key, dimension) -> (name of the cluster set, pseudo-values)."""
         out = {}
         for dimension in needed:
-            for key in self.all_keys:
-                parts = items.parts(dimension, key)
-                if parts is None or len(parts.clusters) < 2:
-                    continue
-                clusters = sorted(parts.clusters, key=str)
+            found = {k: p for k in self.all_keys if (p := items.parts(dimension, k)) is not None and len(p.clusters) >= 2}
+            # Every prompt that some cell of the evaluation answered: who left one unanswered stays paired with the others.
+            asked: dict[str | None, set[Hashable]] = {}
+            for key, parts in found.items():
+                asked.setdefault(self.rows[key]["evaluation"], set()).update(parts.clusters)
+            names = {e: sorted(clusters, key=str) for e, clusters in asked.items()}
+            for key, parts in found.items():
+                clusters = names[self.rows[key]["evaluation"]]
                 pseudo = parts.pseudo(clusters)
                 if pseudo is not None:
                     out[key, dimension] = ("\0".join(map(str, (dimension, *clusters))), pseudo)

@@ -110,12 +110,16 @@ def paired_bootstrap(effects_GK: ArrayLike, *, level: float = 0.95, draws: int =
     out: list[Paired] = []
     for block in range(0, k, 128):
         c = centred[:, block : block + 128]
-        both = np.concatenate([c, c * c], axis=1)
+        both, square = np.concatenate([c, c * c], axis=1), (c * c).mean(0)
         parts = []
         for w in resampling_weights(g, draws, seed):
             m, m2 = np.split(w @ both / g, 2, axis=1)
+            spread = m2 - m * m
+            # Of a resample without spread rounding leaves some, and some centre: neither may be divided by the other.
+            spread[spread <= 1e-12 * square] = 0
+            m[np.abs(m) <= 1e-9 * np.sqrt(square)] = 0
             with np.errstate(divide="ignore", invalid="ignore"):
-                parts.append(m / np.sqrt(np.maximum(m2 - m * m, 0) / (g - 1)))
+                parts.append(m / np.sqrt(spread / (g - 1)))
         t = np.concatenate(parts)
         for j in range(c.shape[1]):
             col, s, m = t[:, j], float(se[block + j]), float(mean[block + j])

@@ -162,16 +162,19 @@ def print_summary(outcome: Any, console: Console) -> None:
         return
     try:
         results = load_results(outcome.results)
+        keys = next((s["keys"] for s in results.record.sweeps() if s["id"] == outcome.sweep), [])
         rows = results.rows(
-            "select left(key, 8) as key, suite, method, bits, pattern, sparsity, perplexity, round(size_bytes / 1e6, 1) as MB,"
-            " bits_per_weight, worst_drop, kl_dense, flips from results where status = 'done' order by perplexity nulls last limit 40"
+            "select left(key, 8) as key, model, suite, method, bits, pattern, sparsity, perplexity, round(size_bytes / 1e6, 1) as MB,"
+            " bits_per_weight, worst_drop, kl_dense, flips from results where key in (select unnest(?::varchar[]))"
+            " order by perplexity nulls last limit 40",
+            [keys],
         )
-        if len({r["suite"] for r in rows}) == 1:
-            rows = [{k: v for k, v in r.items() if k != "suite"} for r in rows]
+        same = [c for c in ("model", "suite") if len({r[c] for r in rows}) == 1]
+        rows = [{k: v for k, v in r.items() if k not in same} for r in rows]
     except BadInput:
         return
     print_rows(rows, console)
-    _frontier(results, console)
+    _frontier(results, keys, console)
     place = shlex.quote(outcome.results)
     console.print(
         f"\nnext: comptrust recommend {place}   comptrust report {place} -o report.html\n"
@@ -182,13 +185,14 @@ def print_summary(outcome: Any, console: Console) -> None:
     )
 
 
-def _frontier(results: Any, console: Console) -> None:
-    """Size against perplexity: plot and table."""
+def _frontier(results: Any, keys: Sequence[str], console: Console) -> None:
+    """Size against perplexity of the sweep's own cells: plot and table."""
     from ..actors.errors import BadInput
     from .frontier import pareto, render_frontier
 
     try:
-        answer = pareto(results, minimise=["size_bytes", "perplexity"], maximise=[], where="status = 'done'", probability=False)
+        mine = "key in (" + ", ".join(f"'{k}'" for k in keys) + ")"
+        answer = pareto(results, minimise=["size_bytes", "perplexity"], maximise=[], where=mine, probability=False)
     except BadInput as e:
         console.print(f"no frontier: {e}", markup=False)
         return

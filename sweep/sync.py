@@ -32,8 +32,15 @@ def sync(uri: str) -> str:
             update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})}
         )
         folder = uri if "://" not in uri else os.path.join("results", config.name)
-        publisher = Publisher(config, sweep["id"], os.path.abspath(folder))
-        publisher.open()
+        try:
+            publisher = Publisher(config, sweep["id"], os.path.abspath(folder))
+            publisher.open()
+        except OSError as e:
+            raise BadInput(
+                f"W&B writes its runs to {folder!r}, and cannot: {e}",
+                where="RESULTS",
+                fix="Publish a copy that you may write to.",
+            ) from e
         for key in [k for form in [sweep, *sweep.get("earlier", [])] for k in form["keys"]]:
             if key in cells:
                 items = results.items([key]).to_pylist() if config.wandb.items else None

@@ -177,7 +177,7 @@ def label(row: Mapping[str, Any]) -> str:
     parts += [f"{row['bits']}-bit"] if row.get("bits") else []
     parts += [row["pattern"]] if row.get("pattern") not in (None, "unstructured") else []
     parts += [f"{row['sparsity']:.0%}"] if row.get("sparsity") and row.get("pattern") in (None, "unstructured") else []
-    parts += [f"seed {row['seed']}"] if row.get("seed") else []
+    parts += [f"seed {row['seed']}"] if row.get("seed") is not None else []
     return " ".join(map(str, parts))
 
 

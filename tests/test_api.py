@@ -162,3 +162,10 @@ def test_the_place_of_a_model_that_is_not_there(folder):
     for model, dense, where in (("./none", None, "MODEL"), (str(folder / "dense"), "./none", "--dense")):
         with pytest.raises(BadInput, match=f"^{where}: no model './none'"):
             comptrust.evaluate(model, EVALUATION, dense=dense)
+
+
+def test_a_model_may_be_a_path(folder, tmp_path):
+    done = comptrust.compress(folder / "dense", "rtn", {"bits": 2, "group_size": 32}, tmp_path / "out", dtype="float32")
+    assert done["bits_per_weight"] == 2.5 and (tmp_path / "out" / "config.json").exists()
+    rows = comptrust.evaluate(folder / "rtn2", EVALUATION, dense=folder / "dense", dtype="float32")
+    assert any(m["metric"] == "kl_dense" and m["value"] > 0 for m in rows)

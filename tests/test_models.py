@@ -50,6 +50,13 @@ def test_weights_are_hashed_once(folder, monkeypatch):
     assert models.resolve(str(folder)).revision == first
 
 
+def test_a_cache_that_cannot_be_written_costs_time_alone(folder, cache):
+    first = models.resolve(str(folder)).revision
+    shutil.rmtree(cache)
+    cache.write_text("a file, no folder")
+    assert models.resolve(str(folder)).revision == first
+
+
 def test_loading_gives_the_weights_in_the_asked_dtype(folder):
     seen = []
     model, tokenizer = models.load(models.resolve(str(folder)), dtype="bfloat16", progress=lambda *call: seen.append(call))

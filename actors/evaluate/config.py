@@ -24,7 +24,7 @@ class PerplexityConfig(_Frozen):
         default=4, ge=1, description="consecutive windows from the start of the text; the packaged text has 4 of 512"
     )
     seqlen: int = Field(
-        default=512, ge=2, description="tokens a window; seqlen - 1 of them are predicted, without a start token"
+        default=512, ge=2, lt=2**31, description="tokens a window; seqlen - 1 of them are predicted, without a start token"
     )
     positions: int = Field(
         default=2048, ge=1, description="predictions kept as dense reference, the first so many; 2 bytes x vocabulary each"

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
+from comptrust.sweep.claims import claims
+from comptrust.sweep.effects import Effects
 from comptrust.sweep.importer import import_table
 from comptrust.sweep.recommend import recommend
 from comptrust.sweep.results import load_results
@@ -54,6 +56,40 @@ def test_the_bound_decides_not_the_point(tmp_path):
     assert check.drop == pytest.approx(4.0) and check.upper > 5 and check.status == "undecided"
     assert (found.verdict, found.cell, found.choices[0].nearest_miss) == ("undecided", None, key)
     assert recommend(results, max_drop=12).cell == key
+
+
+def unread(rows, places):
+    """``rows`` with the answers at ``places`` unparseable: left out of the score of stereotype."""
+    return [{**r, "outcome": "unparseable", "score": None} if i in places else r for i, r in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("silent_dense", "silent_cell", "wrong"),
+    [
+        (range(150, 200), (), range(150, 200)),  # the score falls by 25, by prompts that dense alone left unread
+        ((), range(150, 200), range(38)),  # the same prompts: 38 of 150 lost
+        (range(150, 200), range(100, 150), range(100, 115)),  # both: wrong only where the cell is not read
+    ],
+)
+def test_answers_to_other_prompts_hide_no_drop(tmp_path, silent_dense, silent_cell, wrong):
+    """Where the cells did not answer the same prompts, the bound holds for the whole score and for the prompts both answered."""
+    r = Record(tmp_path)
+    write_cell(r, "dense", {"stereotype": unread(answers("stereotype", [True] * 200), silent_dense)}, size_bytes=100)
+    rows = unread(answers("stereotype", [i not in wrong for i in range(200)]), silent_cell)
+    key = write_cell(r, "rtn", {"stereotype": rows}, bits=4, size_bytes=30)
+    results = load_results(tmp_path)
+    (check,) = (found := recommend(results)).choices[0].candidates[0].checks
+    both = [i for i in range(200) if i not in silent_dense and i not in silent_cell]
+    of_both = 100 * sum(i in wrong for i in both) / len(both)
+    drop = -results.rows("select stereotype - 100 as d from results where key = ?", [key])[0]["d"]
+    assert check.drop == pytest.approx(drop) and check.n == len(both)
+    assert check.upper >= max(drop, of_both)
+    assert found.cell == (None if max(drop, of_both) > 5 else key)
+    effect = Effects(results).of(key)["stereotype"]
+    assert effect.drop_upper >= drop and (effect.low is None or effect.low <= effect.delta <= effect.high)
+    assert effect.significant == (min(drop, of_both) > 5)
+    d2 = next(f for f in claims(results).findings if f.claim == "D2")
+    assert d2.verdict == ("holds" if max(drop, of_both) < 5 else "fails" if min(drop, of_both) > 5 else "undecided")
 
 
 def test_bound_is_holm(tmp_path):

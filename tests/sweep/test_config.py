@@ -30,9 +30,9 @@ def test_the_sweep_of_the_readme_is_valid():
     """Also its calibration: the built-in text has no more than 16 windows of 512."""
     text = (CONF.parent / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
     config = load_config(parse_yaml(text, "README.md"))
-    for block in config.methods:
+    for i, block in enumerate(config.methods):
         checked(block, 0)
-        for c in config.calibrations(block):
+        for c, _ in config.calibrations(i):
             assert "builtin" not in c.sources or c.samples * c.seqlen <= 16 * 512
 
 
@@ -69,6 +69,20 @@ def test_yaml_is_1_2():
         ("calibration=[{sampels: 3}]", r"calibration\[0\].sampels: unknown field 'sampels'. Did you mean 'samples'"),
         ("exclude=[rtn]", r"exclude\[0\]: 'rtn' is no mapping. Write {field: value}"),
         ("methods.0.bits={", r"--set methods.0.bits.*: not valid YAML"),
+        ("calibration.seed=[]", r"^calibration.seed: an empty list leaves no cell"),
+        ("calibration=[{samples: []}]", r"^calibration\[0\].samples: an empty list leaves no cell"),
+        ("methods.3.calibration={template: []}", r"^methods\[3\].calibration.template: an empty list leaves no cell"),
+        (
+            f"calibration.seed={2**63}",
+            r"^calibration.seed: Input should be less than 9223372036854775808",
+        ),  # column of the record
+        (f"evaluation.perplexity.seqlen={2**70}", r"^evaluation.perplexity.seqlen: Input should be less than 2147483648"),
+        ("calibration.source=[]", r"^calibration: source is empty"),
+        ("calibration.source={a: 1}", r"^calibration.source: Input should be a valid string"),
+        ("resources.cache_gb=.inf", r"^resources.cache_gb: Input should be a finite number"),
+        ("resources.memory_gb=.inf", r"^resources.memory_gb: Input should be a finite number"),
+        ("resources.gpus=1.5", r"^resources.gpus: 1.5 GPUs: above one Ray gives whole GPUs only"),
+        ("models.0={id: a/b, gpus: 2.5}", r"^models\[0\].gpus: 2.5 GPUs"),
     ],
 )
 def test_bad_values_name_value_place_and_fix(override, message):
@@ -86,6 +100,12 @@ def test_bad_values_name_value_place_and_fix(override, message):
         ("models=[package:no-such-wheel]", r"models\[0\].id: .*no-such-wheel"),
         ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
         ("calibration.samples=1", r"calibration.samples: gptq 4 .* needs \d+ calibration tokens, samples x seqlen gives 64"),
+        ("methods.1.calibration={samples: 1, seqlen: 64}", r"^methods\[1\].calibration.samples: gptq 4 .* gives 64"),
+        (
+            "methods.1.calibration=[{samples: 4, seqlen: 64}, {source: no.txt}]",
+            r"^methods\[1\].calibration\[1\].source: .*no.txt",
+        ),
+        ("models=[" + "x" * 300 + "]", r"models\[0\].id: no model 'xxx"),
         ("exclude=[{}]", r"exclude\[0\]: an empty rule fits every cell"),
         ("exclude=[{bit: 3}]", r"exclude\[0\].bit: unknown field 'bit'. Did you mean 'bits'"),
         ("exclude=[{method: [rtn, gtpq]}]", r"exclude\[0\].method: unknown method 'gtpq'. Did you mean 'gptq'"),
@@ -103,6 +123,31 @@ def test_a_sweep_that_is_no_text_is_bad_input(tmp_path):
     path.write_bytes("name: caf\xe9".encode("latin-1"))
     with pytest.raises(BadInput, match=r"s.yaml: cannot read: 'utf-8' codec.* Give a UTF-8 YAML file"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: &m [*m]", r"sweep.yaml: no plain data: Circular reference"),
+        ("models: " + "[" * 3000 + "]" * 3000, r"sweep.yaml: nested too deeply"),
+    ],
+)
+def test_yaml_that_is_no_tree_is_bad_input(tmp_path, text, message):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        load_config(tmp_path / "sweep.yaml")
+
+
+def test_a_mapping_may_hold_paths(tmp_path):
+    config = load_config({"models": [tmp_path / "model"], "results": tmp_path})
+    assert (config.models[0].id, config.results) == (str(tmp_path / "model"), str(tmp_path))
+    with pytest.raises(BadInput, match="sweep: no plain data"):
+        load_config({"models": [object()]})
+
+
+def test_plan_of_a_folder_that_cannot_be(tiny):
+    with pytest.raises(BadInput, match=r"^results: cannot read"):
+        plan(load_config(sweep_dict([tiny], "x" * 300)))
 
 
 def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):

@@ -70,6 +70,29 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
     assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
+def test_the_end_of_a_sweep_shows_its_own_cells(tmp_path):
+    """Beside cells of another evaluation in the same record, which do not compare and would leave no frontier."""
+    from comptrust.actors.record import Record
+    from comptrust.sweep.launch import Outcome
+    from comptrust.sweep.summary import print_summary
+
+    record, value = (
+        Record(tmp_path),
+        {"convention": "comptrust", "dimension": "utility", "scenario": "", "metric": "perplexity"},
+    )
+    for sweep in "ab":
+        keys = [f"{sweep}{i}" for i in range(4)]
+        for i, key in enumerate(keys):
+            cell = {"key": key, "model": f"m{i % 2}", "method": "rtn", "status": "done", "size_bytes": 100 + i, "params": {}}
+            record.commit({**cell, "suite": "smoke", "evaluation": sweep}, [{**value, "value": 20.0 - i, "n": 1}], [])
+        record.put_json(f"sweeps/{sweep}.json", {"id": sweep, "name": sweep, "keys": keys, "config": {}})
+    console = Console(file=io.StringIO(), width=150)
+    print_summary(Outcome("b", str(tmp_path), 4, 4, 0, 0, 1.0), console)
+    text = console.file.getvalue()
+    listed = [line.split()[:2] for line in text.splitlines() if line.startswith(("a", "b"))]
+    assert listed == [["b3", "m1"], ["b2", "m0"], ["b1", "m1"], ["b0", "m0"]] and "Frontier: 4 of 4 cells" in text
+
+
 def test_a_long_frontier_shows_its_best(tmp_path):
     from comptrust.sweep.frontier import pareto, render_frontier
     from comptrust.sweep.results import load_results

@@ -166,6 +166,27 @@ def test_sync_writes_the_record_again(tiny, tmp_path):
     assert {r["job_type"] for r in runs} == {"cell", "sweep"} and len(runs) == 5
 
 
+def test_sync_where_nothing_can_be_written_is_bad_input(tmp_path):
+    from comptrust.actors.record import Record
+    from sweeps import comptrust
+
+    Record(tmp_path).put_json("sweeps/a.json", {"id": "a", "name": "a", "keys": [], "config": {"models": ["a/b"]}})
+    (tmp_path / "wandb").write_text("a file, no folder")
+    done = comptrust("sync", str(tmp_path))
+    assert (done.returncode, done.stderr.partition(": W&B writes")[0]) == (2, "error: RESULTS"), done.stderr
+
+
+def test_seeds_have_names_of_their_own():
+    from comptrust.sweep.wandb_sink import label
+
+    row = {"model": "acme/lm", "method": "gptq", "bits": 4}
+    assert [label({**row, "seed": s}) for s in (0, 1, None)] == [
+        "lm gptq 4-bit seed 0",
+        "lm gptq 4-bit seed 1",
+        "lm gptq 4-bit",
+    ]
+
+
 def test_sync_finds_the_key_of_wandb_login(tmp_path):
     """`run` takes a key from netrc, and so must the command that it names where W&B did not answer."""
     from comptrust.actors.record import Record
