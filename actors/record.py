@@ -10,12 +10,12 @@ import contextlib
 import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 
 from .errors import BadInput
 
+#: ``://name:password@`` of an address. A password may hold slashes (AWS's do); a port and an "@" behind it are none.
+_PASSWORD = re.compile(r"://[^/@:]+:(?!\d+/)[^@]*@")
 SCHEMA_VERSION = 1
 _META = {b"comptrust.schema": str(SCHEMA_VERSION).encode()}
 
@@ -76,10 +78,9 @@ class Record:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
-        address = urlsplit(self.uri)
-        if "://" in self.uri and address.password is not None:
+        if secret := _PASSWORD.search(self.uri):
             raise BadInput(
-                f"{address.scheme}://...@{address.hostname}{address.path} holds a password", where="results",
+                f"{self.uri[: secret.start()]}://...@{self.uri[secret.end() :]} holds a password", where="results",
                 fix="Secrets come from the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
             )  # fmt: skip
         try:

@@ -97,9 +97,8 @@ class Effects:
         self.configs: dict[str, list[str]] = {}
         for key, row in self.rows.items():
             self.configs.setdefault(config_of(row), []).append(key)
-        self.contributions: dict[
-            tuple[str, str], list[np.ndarray]
-        ] = {}  # paired effects by cluster, points; the weakest counts
+        #: (key, dimension) -> paired effects by cluster, points, as in `_PairedItems`
+        self.contributions: dict[tuple[str, str], list[np.ndarray]] = {}
         self._build()
 
     # -- lookups ------------------------------------------------------------------------------------------------------

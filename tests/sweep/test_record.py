@@ -258,10 +258,19 @@ def test_a_store_that_does_not_answer_is_one_clear_error(read, monkeypatch):
         read("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1")
 
 
-def test_secrets_in_an_address_are_refused_unseen():
-    with pytest.raises(BadInput, match=r"results: s3://\.\.\.@bucket/x holds a password.*AWS_SECRET_ACCESS_KEY") as e:
-        Record("s3://me:hush@bucket/x?region=us-east-1")
-    assert "hush" not in str(e.value)
+@pytest.mark.parametrize("secret", ["hush", "hush/hush+hush", "hu:sh"])
+def test_secrets_in_an_address_are_refused_unseen(secret):
+    with pytest.raises(BadInput, match=r"results: s3://\.\.\.@bucket/x\S* holds a password.*AWS_SECRET_ACCESS_KEY") as e:
+        Record(f"s3://me:{secret}@bucket/x?region=us-east-1")
+    assert "hu" not in str(e.value)
+
+
+@pytest.mark.parametrize("place", ["results/a:b@c", "hdfs://host:8020/runs@home", "s3://[x"])
+def test_other_addresses_hold_no_secret(place):
+    try:
+        Record(place)
+    except BadInput as e:  # no such file system here
+        assert "cannot open" in str(e)
 
 
 def test_key_prefix(record):
