@@ -44,10 +44,11 @@ def compress(
     *,
     calibration: Mapping[str, Any] | None = None,
     backend: str = "comptrust",
+    format: str = "auto",
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compress ``model`` and, with ``output``, write a checkpoint that transformers loads.
+    """Compress ``model`` and, with ``output``, write a checkpoint that transformers loads, in a ``format`` of docs/export.md.
 
     ``calibration`` is the block of a sweep; samples and seqlen it leaves out are those of `default_size`.
     Returns ``model`` (the compressed torch module, tensors it shares with the dense one included), ``tokenizer``, ``layers``,
@@ -58,7 +59,7 @@ def compress(
     from . import models
     from .calibration import CalibrationConfig, calibrate, default_size
     from .compress import backends
-    from .compress.export import check_output
+    from .compress.export import check_format, check_output
 
     if output is not None:
         check_output(output)
@@ -78,6 +79,7 @@ def compress(
         backends.check_installed(backend)
     else:
         filled = methods.check(method, params, where=method)
+    check_format(format, method, filled)
     ref = models.resolve(model, where="MODEL")
     shapes = models.load_config(ref)
     reason = backends.incompatible(backend, method, filled, shapes) if foreign else methods.incompatible(method, filled, shapes)
@@ -107,7 +109,7 @@ def compress(
             backend=backend if foreign else own, template=models.template_digest(tokenizer),
             calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
         )  # fmt: skip
-        export(done, tokenizer, output, cell=cell)
+        export(done, tokenizer, output, format=format, cell=cell)
     return {
         "model": done.model,
         "tokenizer": tokenizer,

@@ -56,6 +56,12 @@ ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="org/name@revisio
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the YAML; may be repeated.")
 ]
+CheckpointOpt = Annotated[
+    str,
+    typer.Option(
+        "--format", help="auto, compressed-tensors, gptq, awq, bitsandbytes or dense: docs/export.md says who reads it."
+    ),
+]
 FormatOpt = Annotated[TextFormat, typer.Option("--format", help="json prints JSON alone on stdout.")]
 
 
@@ -315,6 +321,7 @@ def compress(
         typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the method (damping=0.05); may be repeated."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: bfloat16 with a GPU.")] = None,
+    format: CheckpointOpt = "auto",
 ) -> None:
     """One compressed checkpoint that transformers loads."""
     from ..actors.api import compress as make
@@ -323,7 +330,10 @@ def compress(
     params = {k: v for k, v in options.items() if v is not None} | _overrides(set_, "damping=0.05")  # null is a value there
     chosen = {k: v for k, v in {"samples": samples, "seqlen": seqlen}.items() if v is not None}
     spec = {"source": calibration, **chosen, "seed": seed}
-    done = make(model, method, params, output, calibration=spec, backend=backend, dtype=dtype, progress=_progress_line())
+    done = make(
+        model, method, params, output,
+        calibration=spec, backend=backend, format=format, dtype=dtype, progress=_progress_line(),
+    )  # fmt: skip
     print(f"{done['bits_per_weight']:.2f} bits/weight, {done['size_bytes'] / 1e6:.0f} MB, {done['seconds']:.0f} s: {output}")
 
 
@@ -367,11 +377,12 @@ def export(
     results: ResultsArg,
     cell: Annotated[str, typer.Argument(metavar="CELL", help="Key of a cell, or an unambiguous prefix.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the checkpoint.")],
+    format: CheckpointOpt = "auto",
 ) -> None:
     """The checkpoint of a cell, for transformers and vLLM."""
     from .export import export_cell
 
-    print(export_cell(results, cell, output, progress=_progress_line()))
+    print(export_cell(results, cell, output, format, progress=_progress_line()))
 
 
 def _overrides(given: list[str] | None, example: str) -> dict[str, Any]:

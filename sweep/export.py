@@ -41,18 +41,21 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
     )  # fmt: skip
 
 
-def export_cell(uri: str, prefix: str, output: Path, progress: Callable[[str, int, int], None] | None = None) -> str:
+def export_cell(
+    uri: str, prefix: str, output: Path, format: str = "auto", progress: Callable[[str, int, int], None] | None = None
+) -> str:
     """Write the checkpoint of a cell with its measured row on the card; returns a sentence with the place and the format."""
     from ..actors.actor import Worker, WorkerConfig
-    from ..actors.compress.export import check_output, export
+    from ..actors.compress.export import check_format, check_output, export
 
     check_output(output)
     cell, row, config = find_cell(uri, prefix)
+    check_format(format, cell.method, cell.params)
     allow_bin = tuple(m.id for m in config.models if m.allow_bin)
     worker = Worker(WorkerConfig(record=uri, evaluation={}, allow_bin=allow_bin), progress)
     worker.prepare(cell)
     if worker.error is not None:
         raise worker.error
     assert worker.prepared is not None
-    done = export(worker.prepared[1], worker.tokenizer, output, cell=cell, measured=row)
+    done = export(worker.prepared[1], worker.tokenizer, output, format=format, cell=cell, measured=row)
     return "\n".join([f"{done.path}: {done.format}, {done.size_bytes / 1e6:.0f} MB", *done.notes])

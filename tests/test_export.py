@@ -10,9 +10,9 @@ import pytest
 import torch
 from comptrust.actors import models
 from comptrust.actors.cell import Cell
-from comptrust.actors.compress import compress
+from comptrust.actors.compress import check, compress
 from comptrust.actors.compress.artifacts import ArtifactCache, dump, restore
-from comptrust.actors.compress.export import PACKED, _pack_awq, card, export, load_packed
+from comptrust.actors.compress.export import FORMATS, PACKED, _pack_awq, card, check_format, export, load_packed
 from comptrust.actors.errors import BadInput
 from comptrust.kernels.formats import unpack
 from safetensors.torch import load_file, save
@@ -113,6 +113,27 @@ def test_a_fresh_process_gives_the_same_logits(reloaded, name):
         assert float((after - before).norm() / before.norm()) < 1e-2
     else:
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+ACT_ORDER = {
+    "act-order": ("gptq", {"order": "act", "group_size": 32}),
+    "by channel": ("gptq", {"order": "act", "group_size": None}),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in CASES | ACT_ORDER if n != "awq" and "16" not in n])
+def test_what_a_format_can_hold_is_known_before_the_work(model, tmp_path, name):
+    method, params = (CASES | ACT_ORDER)[name][:2]
+    compressed, possible = compress(model, method, params, TOKENS), set()
+    for format in FORMATS:
+        try:
+            check_format(format, method, check(method, params, where=method))
+        except BadInput:
+            with pytest.raises(BadInput, match=r"^--format: "):
+                export(compressed, None, tmp_path / format, format=format)
+        else:
+            possible.add(export(compressed, None, tmp_path / format, format=format).format)
+    assert export(compressed, None, tmp_path / "auto").format in possible
 
 
 def _unpack_gptq(t, name, bits, old):

@@ -63,6 +63,32 @@ def check_output(out_dir: Path | str) -> Path:
     return out
 
 
+def check_format(format: str, method: str, params: Mapping[str, Any]) -> None:
+    """BadInput for an unknown format, or one that cannot hold what ``method`` makes of ``params``; ask before the long work."""
+    from . import METHODS
+
+    spec, bits = METHODS[method], params.get("bits")
+    act = params.get("order") == "act" and params.get("group_size") is not None
+    mixed = any({"bits", "group_size", "symmetric"} & {*o} for o in (params.get("overrides") or {}).values())
+    if spec.backend == "bitsandbytes":
+        fit = {"bitsandbytes"}
+    elif spec.format == "w8a8":
+        fit = {"compressed-tensors"}
+    elif bits is None:
+        fit = {"dense"}
+    else:
+        fit = {"dense"}
+        if not act:
+            fit.add("compressed-tensors")
+        if not mixed and not params.get("skip"):
+            fit.add("gptq")
+        if bits == 4 and not act and not mixed:
+            fit.add("awq")
+    if format != "auto" and format not in fit:
+        problem = f"{format} cannot hold this cell of {method}" if format in FORMATS else f"unknown format {format!r}"
+        raise BadInput(problem, where="--format", fix=f"One of: auto, {', '.join(f for f in FORMATS if f in fit)}")
+
+
 def export(
     compressed: Compressed,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -84,7 +110,7 @@ def export(
     """
     out = check_output(out_dir)
     if format not in (*FORMATS, "auto"):
-        raise BadInput(f"unknown format {format!r}", where="format", fix=f"One of: auto, {', '.join(FORMATS)}")
+        raise BadInput(f"unknown format {format!r}", where="--format", fix=f"One of: auto, {', '.join(FORMATS)}")
     before = compressed.model.config.to_dict().get("quantization_config")
     if before and not before.get("dequantize"):
         raise BadInput(
@@ -156,7 +182,7 @@ _Written = tuple[dict[str, Tensor], dict[str, Any] | None]
 def _dense(compressed: Compressed, notes: list[str]) -> _Written:
     if compressed.stored and any(s.format in (*_BITSANDBYTES, "w8a8") for s in compressed.stored.values()):
         raise BadInput(
-            "these layers compute with quantised inputs, which dense weights cannot hold", where="format", fix="Use auto"
+            "these layers compute with quantised inputs, which dense weights cannot hold", where="--format", fix="Use auto"
         )
     if any(s.codes is not None for s in compressed.stored.values()):
         notes.append("Weights lie on an integer grid but are stored in full precision.")
@@ -173,7 +199,9 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
 
     layers = _codes(compressed, "compressed-tensors", notes)
     if any(s.group_index is not None for s in layers.values()):
-        raise BadInput("compressed-tensors has no act-order with a group index any more", where="format", fix="Use format gptq")
+        raise BadInput(
+            "compressed-tensors has no act-order with a group index any more", where="--format", fix="Use format gptq"
+        )
     dtype = _dtype(compressed.model)
     tensors = _rest(compressed, set(layers))
     schemes: dict[tuple, list[str]] = {}
@@ -227,7 +255,7 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
         # compressed-tensors 0.20 lays out no packed zero points for transformers to load into; dequantising on load needs none,
         # but knows one scheme a model.
         if len(schemes) > 1:
-            raise BadInput("transformers cannot load asymmetric layers of several widths", where="format", fix="Use dense")
+            raise BadInput("transformers cannot load asymmetric layers of several widths", where="--format", fix="Use dense")
         config["dequantize"] = True
     return tensors, config
 
@@ -264,11 +292,11 @@ def _awq(compressed: Compressed, notes: list[str]) -> _Written:
     layers = _codes(compressed, "awq", notes)
     bits, group, _ = _uniform(layers, "awq")
     if bits != 4 or any(s.group_index is not None for s in layers.values()):
-        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="format", fix="Use auto")
+        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="--format", fix="Use auto")
     tensors = _rest(compressed, set(layers))
     for name, s in layers.items():
         if s.shape[0] % 8:
-            raise BadInput(f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="format", fix="Use auto")
+            raise BadInput(f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="--format", fix="Use auto")
         codes_IO, zero_GO, scale_GO = _unsigned(s)
         tensors[f"{name}.qweight"] = _pack_awq(codes_IO)
         tensors[f"{name}.qzeros"] = _pack_awq(zero_GO)
@@ -288,7 +316,7 @@ def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
 
     layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
     if not layers:
-        raise BadInput("no layer was made by bitsandbytes", where="format", fix="Use auto")
+        raise BadInput("no layer was made by bitsandbytes", where="--format", fix="Use auto")
     module: Any = compressed.model.get_submodule(next(iter(layers)))
     skip = _others(compressed.model, layers)
     if next(iter(layers.values())).format == "int8":
@@ -320,10 +348,10 @@ def _codes(compressed: Compressed, format: str, notes: list[str]) -> dict[str, S
     layers = {n: s for n, s in compressed.stored.items() if _integer(s)}
     if format != "compressed-tensors" and any(s.format == "w8a8" for s in layers.values()):
         raise BadInput(
-            f"{format} holds weights only, these inputs are quantised too", where="format", fix="Use compressed-tensors"
+            f"{format} holds weights only, these inputs are quantised too", where="--format", fix="Use compressed-tensors"
         )
     if not layers:
-        raise BadInput(f"{format} holds integer codes, and this model has none", where="format", fix="Use auto or dense")
+        raise BadInput(f"{format} holds integer codes, and this model has none", where="--format", fix="Use auto or dense")
     if left := [n for n, s in compressed.stored.items() if s.codes is not None and n not in layers]:
         notes.append(
             f"{len(left)} layers ({left[0]}, ...) are stored in full precision: their input is divided by a scale that no "
@@ -345,20 +373,20 @@ def _others(model: nn.Module, layers: Mapping[str, StoredLinear]) -> list[str]:
 def _uniform(layers: Mapping[str, StoredLinear], format: str) -> tuple[int, int | None, bool]:
     kinds = {(int(s.bits), s.group_size, s.symmetric) for s in layers.values()}
     if len(kinds) > 1:
-        raise BadInput(f"{format} has one width and group size for all layers", where="format", fix="Use auto")
+        raise BadInput(f"{format} has one width and group size for all layers", where="--format", fix="Use auto")
     return kinds.pop()
 
 
 def _check_gptq(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> tuple[int, int | None, bool]:
     """Width, group size and symmetry of all layers; BadInput where GPTQ's layout cannot hold the model."""
     if others := [n for n in _others(compressed.model, layers) if n != "lm_head"]:
-        raise BadInput(f"GPTQ's layout has no place for dense layers ({others[0]})", where="format", fix="Use auto")
+        raise BadInput(f"GPTQ's layout has no place for dense layers ({others[0]})", where="--format", fix="Use auto")
     bits, group, symmetric = _uniform(layers, "gptq")
     step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
     for name, s in layers.items():
         if any(size % step for size in s.shape):
             size = " x ".join(map(str, s.shape))
-            raise BadInput(f"{name} is {size}, GPTQ's layout packs {step} codes at a time", where="format", fix="Use auto")
+            raise BadInput(f"{name} is {size}, GPTQ's layout packs {step} codes at a time", where="--format", fix="Use auto")
     return bits, group, symmetric
 
 

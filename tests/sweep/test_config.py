@@ -366,6 +366,10 @@ def test_command_line_exits_2_with_one_line(tiny, tmp_path):
         (["query", str(tmp_path / "nothing"), "select 1"], "error: RESULTS: no results in"),
         (["status", str(tmp_path / "nothing")], "error: RESULTS: no sweep in"),
         (["compress", str(tiny), "--method", "rtn", "--bits", "7", "-o", str(tmp_path / "o")], "error: rtn.bits: 7"),
+        (
+            ["compress", str(tiny), "--method", "rtn", "--bits", "8", "--format", "awq", "-o", str(tmp_path / "o")],
+            "error: --format: awq cannot hold this cell of rtn",
+        ),
         (["compress", "no/such/model", "--method", "rtn", "-o", str(tmp_path / "o")], "error: MODEL: no model"),
     ):
         done = comptrust(*args)

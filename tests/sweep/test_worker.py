@@ -11,7 +11,7 @@ import pytest
 from comptrust.actors.actor import Worker, WorkerConfig, cell_row, dense_of
 from comptrust.actors.calibration import CalibrationConfig
 from comptrust.actors.cell import Cell
-from comptrust.actors.errors import CellError
+from comptrust.actors.errors import BadInput, CellError
 from comptrust.actors.evaluate.divergence import encode_outcomes
 from comptrust.actors.evaluate.protocol import Outcome
 from comptrust.actors.record import Record, to_table
@@ -326,6 +326,8 @@ def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monke
     (pack / "stereotype.jsonl").write_text("\n".join((pack / "stereotype.jsonl").read_text().splitlines()[:48]) + "\n")
     monkeypatch.setenv("COMPTRUST_DATA", str(pack))
     monkeypatch.setattr(grids, "default_dtype", lambda: "bfloat16")  # as with a GPU
+    with pytest.raises(BadInput, match="--format: gptq cannot hold this cell of magnitude"):
+        export_cell(str(tmp_path / "record"), cell.key[:8], tmp_path / "out", "gptq")
     export_cell(str(tmp_path / "record"), cell.key[:8], tmp_path / "out")
     out = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
