@@ -60,7 +60,13 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
     if progress:
         progress("models", len(config.models), len(config.models))
     grid.notes += [f"exclude[{i}] fits no cell: {rule}" for i, rule in enumerate(config.exclude) if i not in grid.used]
-    unique = {c.key: c for c in grid.cells}
+    unique: dict[str, Cell] = {}
+    again = [c for c in grid.cells if unique.setdefault(c.key, c) is not c]
+    if again:
+        grid.notes.append(
+            f"{len(again)} combinations give a cell that is there already ({again[0].label}): the same parameters once more, or "
+            "calibration tokens that no seed changes, as those of a .npy file"
+        )
     grid.cells = list(unique.values())
     return grid
 

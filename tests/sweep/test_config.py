@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
@@ -167,6 +168,16 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert grid.notes == []
     config["exclude"].append({"method": "rtn", "bits": 3})
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
+
+
+def test_seeds_of_windows_that_are_given_are_one_cell_and_the_plan_says_so(tiny, tmp_path):
+    np.save(tmp_path / "windows.npy", np.arange(64 * 32).reshape(64, 32) % 200 + 5)
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] = [{"method": "gptq", "bits": 4, "group_size": 32}]
+    config["calibration"] = {"source": str(tmp_path / "windows.npy"), "samples": 64, "seqlen": 32, "seed": [0, 1, 2]}
+    grid = expand(load_config(config))
+    assert len(grid.cells) == 2 and len(grid.notes) == 1
+    assert grid.notes[0].startswith("2 combinations give a cell that is there already (gptq 4 g32)")
 
 
 @pytest.mark.parametrize(
