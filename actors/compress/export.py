@@ -3,9 +3,9 @@
 | format | holds | read by |
 |---|---|---|
 | compressed-tensors | integer codes, packed (``pack-quantized``); W8A8 (``int-quantized``) | transformers, vLLM (4 and 8 bits) |
-| gptq | integer codes in GPTQ's layout, also with act-order | vLLM; transformers with gptqmodel |
+| gptq | integer codes in GPTQ's layout, also with act-order | transformers with gptqmodel; vLLM if symmetric and in order |
 | awq | 4-bit codes in AWQ's GEMM layout | vLLM; transformers with gptqmodel |
-| bitsandbytes | LLM.int8, NF4, FP4 as bitsandbytes stores them | transformers, vLLM |
+| bitsandbytes | LLM.int8, NF4, FP4 as bitsandbytes stores them | transformers |
 | dense | ordinary weights, zeros where they were pruned; our packed form in a folder | everything |
 """
 
@@ -265,6 +265,9 @@ def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
 
     layers = _codes(compressed, "gptq", notes)
     bits, group, symmetric = _check_gptq(compressed, layers)
+    act_order = any(s.group_index is not None for s in layers.values())
+    if act_order or not symmetric:
+        notes.append(f"vLLM 0.32 reads GPTQ's layout no longer {'with act-order' if act_order else 'with zero points'}.")
     tensors = _rest(compressed, set(layers))
     # The first version of the layout stores zero - 1, which has no place for 0.
     old = all(s.zero is None or int(s.zero.min()) > 0 for s in layers.values())
@@ -281,7 +284,7 @@ def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group or -1,
-        "desc_act": any(s.group_index is not None for s in layers.values()),
+        "desc_act": act_order,
         "sym": symmetric,
         "lm_head": False,
         "checkpoint_format": "gptq" if old else "gptq_v2",
@@ -317,6 +320,7 @@ def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
     layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
     if not layers:
         raise BadInput("no layer was made by bitsandbytes", where="--format", fix="Use auto")
+    notes.append("vLLM 0.32 no longer reads checkpoints of bitsandbytes.")
     module: Any = compressed.model.get_submodule(next(iter(layers)))
     skip = _others(compressed.model, layers)
     if next(iter(layers.values())).format == "int8":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from comptrust.actors.compress import backends, compress
+from comptrust.actors.compress.export import export
 from comptrust.actors.errors import BadInput, CellError
 from comptrust.actors.evaluate import vllm_
 from comptrust.actors.evaluate.config import EvaluationConfig
@@ -254,6 +255,52 @@ def test_greedy_answers_are_those_of_our_engine_but_for_near_ties(installed, mod
         assert len({a.tokens for a in ours}) > 10
         reasons |= {a.finish_reason for a in theirs}
     assert reasons == {"stop", "length"}
+
+
+FOUR, ASYMMETRIC = {"bits": 4, "group_size": 32}, {"bits": 4, "group_size": 32, "symmetric": False}
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize(
+    ("method", "params", "format"),
+    [
+        ("rtn", FOUR, "compressed-tensors"), ("rtn", ASYMMETRIC, "compressed-tensors"), ("rtn", FOUR, "gptq"), ("rtn", FOUR, "awq"),
+        ("rtn", ASYMMETRIC, "awq"), ("smoothquant", {}, "compressed-tensors"), ("wanda", {"pattern": "2:4"}, "dense"),
+    ],
+)  # fmt: skip
+def test_vllm_answers_from_our_checkpoints(installed, folder, tokenizer, monkeypatch, method, params, format):
+    """In bfloat16, whose near ties are many: most answers of four tokens are ours."""
+    from transformers import AutoModelForCausalLM
+
+    model = sharpen(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), 3.0)
+    compressed = compress(model, method, params, torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(vllm_, "_export", lambda model, folder: export(compressed, None, folder, format=format))
+    prompts = asked(tokenizer)[:24]
+    ours = [a.tokens for a in Generator(compressed.model, tokenizer).generate(prompts, Decoding(4))]
+    with VllmGenerator(compressed.model, tokenizer) as generator:
+        theirs = [a.tokens for a in generator.generate(prompts, Decoding(4))]
+    print(method, params, format, sum(a == b for a, b in zip(ours, theirs, strict=True)), "of 24")
+    assert len(set(ours)) > 3 and sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 14
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize(
+    ("method", "params", "format", "why"),
+    [
+        ("gptq", {**FOUR, "order": "act"}, "gptq", "no longer supported"),
+        ("rtn", ASYMMETRIC, "gptq", "Unsupported quantization config"),
+        ("nf4", {}, "bitsandbytes", "'int8_per_channel_weight_only'"),  # the end of the list of what it knows
+    ],
+)
+def test_what_vllm_reads_no_more(installed, folder, tokenizer, monkeypatch, method, params, format, why):
+    """The notes of an export and docs/export.md say so."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    compressed = compress(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), method, params, tokens)
+    monkeypatch.setattr(vllm_, "_export", lambda model, folder: export(compressed, None, folder, format=format))
+    with VllmGenerator(compressed.model, tokenizer) as generator, pytest.raises(CellError, match=why):
+        generator.generate([Prompt("a", (5, 6, 7))], Decoding(2))
 
 
 @pytest.mark.backends
