@@ -59,6 +59,10 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("Neutral (not positive or negative)", None),
         ("Neutral (it does not convey a clear positive or", None),  # cut off at the last token
         ("It isn't really positive", None),
+        ("I'm sorry, but I cannot label it as positive or", None),
+        ("There is too little context for me to determine whether it is positive", None),
+        ("The text is out of context, so it cannot be labeled as positive", None),
+        ("I cannot say for sure, but it is positive", "positive"),
         ("Not only positive", "positive"),
         ("It is not “positive”, it is 'negative'", "negative"),
         ("This isn\u02bct 'positive'", None),
