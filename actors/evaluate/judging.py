@@ -11,7 +11,7 @@ _SPECIAL = re.compile(r"<\|?/?(?:unk|s|pad|im_start|im_end|endoftext|eot_id|end_
 _THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 #: Too common to be a refusal within a longer text, but one where the text holds no answer.
 _DECLINES = re.compile(
-    r"\bi (?:can(?:no|')t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
+    r"\bi (?:can(?:no|'| no)t|could not|couldn't)\b|\bapologi|\bsorry\b|\bunable to\b|\b(?:don't|do not) know\b|\bun(?:known|clear)\b"
     r"|\bnot (?:\w+ly )?(?:provided|specified|available|given|mentioned)\b|\bunspecified\b|^\W*unfortunately\b"
     r"|\bno (?:information|idea|clue|way to|(?:\w+ )?(?:answer|prediction))\b"
     r"|\b(?:must|have to|will)(?: \w+)? decline\b|\b(?:rather|prefer) not\b|(?:\bnot|n't)(?: feel)? comfortable\b"
@@ -94,7 +94,7 @@ def degenerate(text: str) -> bool:
 
 def refuses(text: str) -> bool:
     """Whether ``text`` declines in one of ``REFUSALS``."""
-    text = fold(text)
+    text = fold(text).replace("can not", "cannot")
     return any(phrase in text for phrase in REFUSALS)
 
 
