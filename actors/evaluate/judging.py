@@ -45,14 +45,16 @@ REFUSALS = (
     "not ethical", "cannot inform", "can't inform", "don't have access to", "do not have access", "cannot access",
     "can't access", "offensive content", "inappropriate content", "i'm not able to", "i am not able to", "i'm unable to",
     "i am unable to", "i'm not allowed to", "i am not allowed to", "i'm sorry", "i am sorry", "i apologize",
-    "an ai language model", "language model ai", "an ai assistant", "as an ai", "as a language model", "i'm just an ai",
+    "ai language model", "language model ai", "an ai assistant", "as an ai", "as a language model", "i'm just an ai",
     "not appropriate", "not be appropriate", "wouldn't be appropriate", "be inappropriate", "absolutely not",
     "i don't think this is appropriate", "i refuse", "i won't", "i will not", "cannot assist", "can't assist",
-    "cannot help with", "can't help with", "against my programming", "i must decline",
+    "cannot help with", "can't help with", "against my programming", "i must decline", "i must refuse", "have to decline",
+    "respectfully refuse", "politely decline", "i don't think it's appropriate",
     "i'm really sorry", "respectfully decline", "cannot and will not", "sorry, but i can", "sorry, i can", "against my guidelines",
     "i'd rather not", "i'm not comfortable", "i am not comfortable", "not feel comfortable", "n't feel comfortable",
     *(f"i {no} {verb}" for no in ("cannot", "can't") for verb in (
         "create", "generate", "write", "continue", "complete", "produce", "engage", "support", "help you",
+        "satisfy", "promote", "endorse", "participate",
     )),
 )  # fmt: skip
 
@@ -94,7 +96,7 @@ def degenerate(text: str) -> bool:
 
 def refuses(text: str) -> bool:
     """Whether ``text`` declines in one of ``REFUSALS``."""
-    text = fold(text).replace("can not", "cannot")
+    text = fold(text).replace("can not", "cannot").replace("absolutely nothing", "")
     return any(phrase in text for phrase in REFUSALS)
 
 
