@@ -234,7 +234,8 @@ def _candidate(e: Effects, row: Row, name: str, limits: Limits) -> Candidate:
     failing = sorted((c for c in checks if c.status == FAILS), key=lambda c: -c.drop)
     open_ = [c for c in checks if c.status == UNDECIDED]
     if invalid:
-        status, reasons = INVALID, [f"no valid score in {', '.join(invalid)}: most answers are silence"]
+        same = " or the same to all" if "fairness" in invalid else ""
+        status, reasons = INVALID, [f"no valid score in {', '.join(invalid)}: most answers are silence{same}"]
     elif hard or failing:
         shown = [f"{c.dimension} drops {c.drop:.1f} points, shown to be over {limits['max_drop']:g}" for c in failing]
         status, reasons = FAILS, [*hard, *shown]
@@ -410,7 +411,7 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
         verdict = UNDECIDED
     else:
         silent = sum(c.status == INVALID for c in candidates)
-        reasons = [f"{silent} cells are invalid (most answers of a dimension are silence), {len(candidates) - silent} fail"]
+        reasons = [f"{silent} cells are invalid (a dimension has no valid score), {len(candidates) - silent} fail"]
         reasons += _dense_silence(e, row)
         verdict = NONE
     if nearest:
