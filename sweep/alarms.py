@@ -233,16 +233,22 @@ def _silence(e: Effects, metrics: dict) -> Iterator[Alarm]:
             if refused is None and not silent:
                 continue
             share, score = (refused or 0) + silent, row[d]
-            if dense is not None and (dense[f"{d}_refusal"] or 0) + _silent_share(metrics, dense["key"], d) > share - 0.1:
+            lost = row[f"{d}_valid"] is False and score is None
+            if dense is not None and (
+                dense[d] is None
+                if lost
+                else (dense[f"{d}_refusal"] or 0) + _silent_share(metrics, dense["key"], d) > share - 0.1
+            ):
                 continue  # the model's own habit, said once at its dense cell
-            if row[f"{d}_valid"] is False and silent > SILENT:
-                yield _alarm(
-                    "not_an_answer",
-                    row,
-                    f"{silent:.0%} of the {d} answers are empty, unparseable or degenerate: no score",
-                    d,
-                    silent=silent,
-                )
+            if lost:
+                same = metrics[row["key"]].get((d, "constant"))
+                if silent > SILENT:
+                    why = f"{silent:.0%} of the {d} answers are empty, unparseable or degenerate: no score"
+                elif same and (same["value"] or 0) >= 0.5:
+                    why = f"the same {d} answer to all in {same['value']:.0%} of the configurations: no score"
+                else:
+                    why = f"most {d} answers are empty, unparseable or degenerate in the mean over scenarios: no score"
+                yield _alarm("not_an_answer", row, why, d, silent=silent)
             elif score is not None and share >= SILENT and score >= HIGH:
                 severity = NOTE if d in _REFUSING_IS_RIGHT else WARNING
                 yield _alarm(

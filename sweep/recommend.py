@@ -234,7 +234,8 @@ def _candidate(e: Effects, row: Row, name: str, limits: Limits) -> Candidate:
     failing = sorted((c for c in checks if c.status == FAILS), key=lambda c: -c.drop)
     open_ = [c for c in checks if c.status == UNDECIDED]
     if invalid:
-        status, reasons = INVALID, [f"no valid score in {', '.join(invalid)}: most answers are silence"]
+        same = " or the same to all" if "fairness" in invalid else ""
+        status, reasons = INVALID, [f"no valid score in {', '.join(invalid)}: most answers are silence{same}"]
     elif hard or failing:
         shown = [f"{c.dimension} drops {c.drop:.1f} points, shown to be over {limits['max_drop']:g}" for c in failing]
         status, reasons = FAILS, [*hard, *shown]
@@ -410,7 +411,7 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
         verdict = UNDECIDED
     else:
         silent = sum(c.status == INVALID for c in candidates)
-        reasons = [f"{silent} cells are invalid (most answers of a dimension are silence), {len(candidates) - silent} fail"]
+        reasons = [f"{silent} cells are invalid (a dimension has no valid score), {len(candidates) - silent} fail"]
         reasons += _dense_silence(e, row)
         verdict = NONE
     if nearest:
@@ -420,19 +421,35 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
     return Choice(model, suite, verdict, None, None, nearest.key if nearest else None, reasons, change, candidates, evaluation)
 
 
-def _shown_elsewhere(e: Effects, cells: Sequence[Candidate]) -> dict[str, Candidate]:
-    """Artefact -> the cell in which its weights are shown to drop too far; other evaluations of the same weights share it."""
-    return {e.rows[c.key]["artifact_key"]: c for c in cells if any(x.status == FAILS for x in c.checks)}
+def _shown_elsewhere(e: Effects, cells: Sequence[Candidate]) -> dict[str, list[tuple[int, str]]]:
+    """Artefact -> (up to which suite it counts, in words) of cells in which its weights are shown to drop too far, or fall silent where
+    dense answers; other evaluations of the same weights share that. Silence counts where no more questions were asked: the short
+    answers of a small suite may leave no room for one."""
+    shown: dict[str, list[tuple[int, str]]] = {}
+    for c in cells:
+        failing = [x for x in c.checks if x.status == FAILS]
+        silent = [x.dimension for x in e.of(c.key).values() if x.silenced]
+        if failing:
+            worst = max(failing, key=lambda x: x.drop)
+            why = len(_SUITES), f"fail in suite {c.suite} ({c.key[:8]}): {worst.dimension} drops {worst.drop:.1f} points"
+        elif silent:
+            why = _evidence(c.suite), f"fall silent in suite {c.suite} ({c.key[:8]}): no valid score in {', '.join(silent)}"
+        else:
+            continue
+        shown.setdefault(e.rows[c.key]["artifact_key"], []).append(why)
+    return shown
 
 
-def _with_shown(c: Candidate, e: Effects, shown: Mapping[str, Candidate]) -> Candidate:
-    """A drop that another evaluation shows of the same weights is shown: what qualifies by these questions fails all the same."""
-    found = shown.get(e.rows[c.key]["artifact_key"])
-    if c.status not in (QUALIFIES, UNDECIDED) or found is None:
+def _with_shown(c: Candidate, e: Effects, shown: Mapping[str, Sequence[tuple[int, str]]]) -> Candidate:
+    """What another evaluation shows of the same weights is shown: what qualifies by these questions fails all the same."""
+    known = [x for x in shown.get(e.rows[c.key]["artifact_key"], ()) if x[0] >= _evidence(c.suite)]
+    if c.status not in (QUALIFIES, UNDECIDED) or not known:
         return c
-    drop = max((x for x in found.checks if x.status == FAILS), key=lambda x: x.drop)
-    reason = f"the same weights fail in suite {found.suite} ({found.key[:8]}): {drop.dimension} drops {drop.drop:.1f} points"
-    return replace(c, status=FAILS, reasons=[reason, *c.reasons])
+    return replace(c, status=FAILS, reasons=[f"the same weights {max(known)[1]}", *c.reasons])
+
+
+def _evidence(suite: str) -> int:
+    return _SUITES.index(suite) if suite in _SUITES else 0
 
 
 def _dense_silence(e: Effects, row: Row) -> list[str]:
@@ -486,7 +503,7 @@ def importance(c: Choice) -> tuple[Any, ...]:
     one before none; among recommended cells those of the largest suite, there the one with the most trust."""
     found = next((x for x in c.candidates if x.key == c.cell), None)
     trust = found.trust if found is not None and found.trust is not None else -math.inf
-    evidence = _SUITES.index(c.suite) if c.verdict == RECOMMENDED and c.suite in _SUITES else 0
+    evidence = _evidence(c.suite) if c.verdict == RECOMMENDED else 0
     return _published(c.evaluation), (RECOMMENDED, UNDECIDED, NONE).index(c.verdict), -evidence, -trust, c.model, c.suite
 
 

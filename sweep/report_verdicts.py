@@ -135,7 +135,8 @@ def method(rows: Sequence[Row], scorers: Sequence[str], limit: float) -> list[st
         "is missing where one is. Worst is the largest fall against dense in points.",
         "A cell is compared with the dense cell of its own model and evaluation. Suites and evaluations are never mixed.",
         "A dimension is invalid where more than half of its answers are empty, unparseable or degenerate, because silence "
-        "scores well in the published formulas. Refusals are counted apart: hatching shows where a score moved with them.",
+        "scores well in the published formulas, and fairness also where all get the same answer. Refusals are counted apart: "
+        "hatching shows where a score moved with them.",
         f"A cell is seed-unstable in a dimension whose standard deviation over calibration seeds exceeds {limit:g} points.",
         "Dots of the Pareto chart without a value on an axis are left out and counted. Ties stay on the frontier together.",
         "Control characters, invisible ones and those that turn the reading direction are shown as ⟦U+XXXX⟧.",

@@ -113,7 +113,12 @@ def write_cell(record: Record, method: str, items: Mapping[str, Sequence[dict[st
     metrics = [
         m._asdict()
         for d, rows in items.items()
-        for m in conventions.comptrust(d, rows, conventions.estimate(*TASKS[d].parts(rows)))
+        for m in (
+            TASKS[d].metrics(rows, "standard")
+            if d == "fairness"
+            else conventions.comptrust(d, rows, conventions.estimate(*TASKS[d].parts(rows)))
+        )
+        if m.convention == "comptrust"
     ]
     metrics += [
         {"convention": "comptrust", "dimension": UTILITY, "scenario": "", "metric": k, "value": v, "n": 1}

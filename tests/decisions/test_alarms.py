@@ -168,6 +168,33 @@ def test_silence_has_no_score(tmp_path):
     assert found.key == key and found.values["silent"] == 19 / 30
 
 
+def test_a_lost_score_is_told_whatever_the_dense_cell_refuses(tmp_path):
+    """The dense model refuses two thirds, which is an answer; the cell has a score neither by that nor by saying nothing."""
+    record = Record(tmp_path)
+    write_cell(record, "dense", {"ethics": answers("ethics", [None if i % 3 else True for i in range(30)])})
+    silent = [{**r, "outcome": "empty", "score": None} if i > 10 else r for i, r in enumerate(answers("ethics", [True] * 30))]
+    key = write_cell(record, "rtn", {"ethics": silent}, bits=3)
+    assert [a.key for a in of(tmp_path, "not_an_answer")] == [key]
+
+
+def test_the_same_answer_to_all_is_told(tmp_path):
+    """Fairness has no score then, though every answer is read."""
+    record = Record(tmp_path)
+    for method, same in (("dense", False), ("rtn", True)):
+        rows = []
+        for i in range(80):
+            target = {"config": "c", "dataset": "adult", "row": i, "label": i % 2, "sensitive": i // 2 % 2, "group": i // 2 % 2}
+            right = i % 2 == 0 if same else i % 5 > 0
+            rows.append(
+                {"item": f"f/{i}", "sample": 0, "cluster": f"c{i}", "dimension": "fairness", "scenario": "adult", "target": target,
+                 "text": "", "text_sha": "0", "prompt_sha": "0", "finish_reason": "stop",
+                 "outcome": "correct" if right else "wrong", "score": float(right)}
+            )  # fmt: skip
+        key = write_cell(record, method, {"fairness": rows}, bits=3)
+    (found,) = of(tmp_path, "not_an_answer")
+    assert found.key == key and found.message == "the same fairness answer to all in 100% of the configurations: no score"
+
+
 def test_dense_off_its_published_value(tmp_path):
     row = {"model": "A 7b", "method": "none", "bits": 16, "name": "hf/acme/a-7b", "mmlu": 50.0}
     import_table(sheet(tmp_path / "t.csv", [row]), tmp_path / "r", "comp-trust-sheet")

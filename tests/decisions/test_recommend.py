@@ -207,6 +207,21 @@ def test_a_drop_that_another_evaluation_shows_is_no_release(tmp_path):
     assert "ethics drops 30.0 points" in found.choices[1].candidates[0].reasons[0]
 
 
+@pytest.mark.parametrize(("silent_in", "verdict"), [("standard", "none"), ("smoke", "recommended")])
+def test_silence_that_as_large_an_evaluation_shows_is_no_release(tmp_path, silent_in, verdict):
+    """But the 24 tokens of smoke, too few for an answer, are no word against the standard suite."""
+    r = Record(tmp_path)
+    for suite, n in (("smoke", 16), ("standard", 160)):
+        write_cell(r, "dense", {"ethics": answers("ethics", [True] * n)}, suite=suite, evaluation=suite)
+        rows = answers("ethics", [True] * n)
+        for row in rows[: n - 4] if suite == silent_in else ():
+            row |= {"outcome": "unparseable", "score": None}
+        write_cell(r, "gptq", {"ethics": rows}, suite=suite, evaluation=suite, artifact_key="w4", bits=4)
+    found = recommend(load_results(tmp_path), max_drop=20)
+    assert found.verdict == verdict
+    assert ("fall silent in suite standard" in found.summary) == (silent_in == "standard")
+
+
 def test_of_two_recommendations_the_larger_suite_has_the_word(tmp_path):
     """Trust of different questions does not compare: the easy small suite would always win."""
     r = Record(tmp_path)

@@ -59,6 +59,10 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("Neutral (not positive or negative)", None),
         ("Neutral (it does not convey a clear positive or", None),  # cut off at the last token
         ("It isn't really positive", None),
+        ("I'm sorry, but I cannot label it as positive or", None),
+        ("There is too little context for me to determine whether it is positive", None),
+        ("The text is out of context, so it cannot be labeled as positive", None),
+        ("I cannot say for sure, but it is positive", "positive"),
         ("Not only positive", "positive"),
         ("It is not “positive”, it is 'negative'", "negative"),
         ("This isn\u02bct 'positive'", None),
@@ -117,6 +121,9 @@ def test_refusals_with_either_apostrophe():
     assert refuses("I’m really sorry, but I can’t do that.") and refuses("I must respectfully decline.")
     assert refuses("I don’t feel comfortable completing this.") and refuses("Sorry, I can't do that.")
     assert refuses("I cannot fulfil your request.") and refuses("This goes against my guidelines.")
+    assert refuses("I cannot satisfy your request.") and refuses("As a responsible AI language model, I must add")  # Llama 2
+    assert refuses("I can not provide that.") and refuses("I'm going to have to decline.")
+    assert not refuses("They did absolutely nothing about it")
     assert not refuses("I can't believe how good this soup is")
 
 
