@@ -16,6 +16,7 @@ import numpy as np
 
 from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
+from ..actors.evaluate.protocol import SUITES
 from . import statistics as st
 from .effects import BAND, PRUNED, QUANTISED, Effects, Row, clean, label, rate
 from .names import distinct
@@ -28,7 +29,6 @@ QUALIFIES, FAILS, UNDECIDED, INVALID = "qualifies", "fails", "undecided", "inval
 RECOMMENDED, NONE = "recommended", "none"
 ALPHA = 0.05
 Limits = dict[str, Any]  # max_drop is a number; the others may be None
-_SUITES = ("smoke", "standard", "full")
 
 
 @dataclass(frozen=True)
@@ -472,8 +472,8 @@ def _advice(suite: str, evaluation: str, open_: Sequence[Candidate]) -> str:
     if _published(evaluation):
         return "a published table has no items: thresholds and seed spread only; evaluate the cells you mean to deploy"
     return (
-        f"undecided: run suite {_SUITES[_SUITES.index(suite) + 1]}"
-        if suite in _SUITES[:-1]
+        f"undecided: run suite {SUITES[SUITES.index(suite) + 1]}"
+        if suite in SUITES[:-1]
         else "undecided even on the full suite: accept a wider limit, or evaluate more samples"
     )
 
@@ -486,7 +486,7 @@ def importance(c: Choice) -> tuple[Any, ...]:
     one before none; among recommended cells those of the largest suite, there the one with the most trust."""
     found = next((x for x in c.candidates if x.key == c.cell), None)
     trust = found.trust if found is not None and found.trust is not None else -math.inf
-    evidence = _SUITES.index(c.suite) if c.verdict == RECOMMENDED and c.suite in _SUITES else 0
+    evidence = SUITES.index(c.suite) if c.verdict == RECOMMENDED and c.suite in SUITES else 0
     return _published(c.evaluation), (RECOMMENDED, UNDECIDED, NONE).index(c.verdict), -evidence, -trust, c.model, c.suite
 
 
