@@ -69,8 +69,8 @@ def compress(
     spec = _config(CalibrationConfig, {**size, **calibration}, "calibration")
     if method not in methods.METHODS:
         raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
-    own = methods.METHODS[method].backend
-    if backend == "bitsandbytes" != own:
+    known = methods.METHODS[method]
+    if backend == "bitsandbytes" != known.backend:
         raise BadInput(f"bitsandbytes has no method {method!r}", where="--backend", fix="Leave it out.")
     foreign = backend not in ("comptrust", "bitsandbytes")
     if foreign:
@@ -84,7 +84,7 @@ def compress(
     if reason:
         raise BadInput(reason, where=f"{method} on {model}")
     tokens = digest = None
-    if backends.needs_calibration(backend, method) if foreign else methods.METHODS[method].needs_calibration:
+    if known.needs_calibration:
         needed = 1 if foreign else methods.required_tokens(method, filled, shapes)
         if (have := spec.samples * spec.seqlen) < needed:
             raise BadInput(
@@ -104,7 +104,7 @@ def compress(
 
         cell = Cell(
             model=model, revision=ref.revision, method=method, params=filled, dtype=dtype,
-            backend=backend if foreign else own, template=models.template_digest(tokenizer),
+            backend=backend if foreign else known.backend, template=models.template_digest(tokenizer),
             calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
         )  # fmt: skip
         export(done, tokenizer, output, cell=cell)

@@ -181,13 +181,10 @@ def _expand_model(
     for i, (block, combinations) in enumerate(blocks):
         if block.method == "dense":
             continue
+        known = compress.METHODS[block.method]
         foreign = block.backend != "comptrust"
-        backend = block.backend if foreign else compress.METHODS[block.method].backend
-        if foreign:
-            calibrated = backends.needs_calibration(backend, block.method)
-        else:
-            calibrated = compress.METHODS[block.method].needs_calibration
-        calibrations = _with_digests(config.calibrations(i), ref) if calibrated else [(None, None, "")]
+        backend = block.backend if foreign else known.backend
+        calibrations = _with_digests(config.calibrations(i), ref) if known.needs_calibration else [(None, None, "")]
         for params in combinations:
             if foreign:
                 reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
