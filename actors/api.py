@@ -8,6 +8,7 @@ from typing import Any
 
 from .cell import Cell
 from .errors import BadInput
+from .models import default_dtype
 from .validation import validate
 
 Progress = Callable[[str, int, int], None]
@@ -23,7 +24,7 @@ def _dtype(dtype: str | None) -> str:
     known = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in known:
         raise BadInput(f"unknown dtype {dtype!r}", where="--dtype", fix=f"One of: {', '.join(known)}.")
-    return dtype or ("bfloat16" if _device() == "cuda" else "float32")
+    return dtype or default_dtype()
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

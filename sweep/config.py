@@ -65,7 +65,7 @@ class CalibrationAxes(CalibrationConfig):
 
     def expand(self) -> list[CalibrationConfig]:
         """One ``CalibrationConfig`` for each combination of the axes."""
-        blocks = product({k: v for k, v in self.model_dump().items()}, ("samples", "seqlen", "seed", "template"))
+        blocks = product(self.model_dump(), ("samples", "seqlen", "seed", "template"))
         return [validate(CalibrationConfig, b, "calibration") for b in blocks]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..actors.calibration import CalibrationConfig
 from ..actors.cell import METHODS, Cell, canonical
 from ..actors.errors import BadInput
+from ..actors.models import default_dtype
 from .config import MethodConfig, ModelConfig, SweepConfig, unknown, validate
 
 
@@ -227,13 +228,6 @@ def _with_digests(calibrations: list[tuple[CalibrationConfig, str]], ref: Any) -
     from ..actors.calibration import calibration_digest
 
     return [(c.model_dump(mode="json"), calibration_digest(c, ref, where=at), at) for c, at in calibrations]
-
-
-def default_dtype() -> str:
-    """bfloat16 with a GPU; float32 without (bf16 is 5x slower on AVX2)."""
-    import torch
-
-    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def held(cell: Cell) -> str:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
+from ..actors.models import default_dtype
 from ..actors.record import Record
 from .config import SweepConfig
-from .grid import checked, default_dtype, excluded, expand, facts, held, uninstalled
+from .grid import checked, excluded, expand, facts, held, uninstalled
 from .importer import parameters_of
 from .names import distinct, of_cells
 
