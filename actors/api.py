@@ -8,6 +8,7 @@ from typing import Any
 
 from .cell import Cell
 from .errors import BadInput
+from .models import default_dtype
 from .validation import validate
 
 Progress = Callable[[str, int, int], None]
@@ -23,7 +24,7 @@ def _dtype(dtype: str | None) -> str:
     known = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in known:
         raise BadInput(f"unknown dtype {dtype!r}", where="--dtype", fix=f"One of: {', '.join(known)}.")
-    return dtype or ("bfloat16" if _device() == "cuda" else "float32")
+    return dtype or default_dtype()
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:
@@ -70,8 +71,8 @@ def compress(
     spec = _config(CalibrationConfig, {**size, **calibration}, "calibration")
     if method not in methods.METHODS:
         raise BadInput(f"unknown method {method!r}", where="--method", fix=f"Known: {', '.join(methods.METHODS)}.")
-    own = methods.METHODS[method].backend
-    if backend == "bitsandbytes" != own:
+    known = methods.METHODS[method]
+    if backend == "bitsandbytes" != known.backend:
         raise BadInput(f"bitsandbytes has no method {method!r}", where="--backend", fix="Leave it out.")
     foreign = backend not in ("comptrust", "bitsandbytes")
     if foreign:
@@ -86,7 +87,7 @@ def compress(
     if reason:
         raise BadInput(reason, where=f"{method} on {model}")
     tokens = digest = None
-    if backends.needs_calibration(backend, method) if foreign else methods.METHODS[method].needs_calibration:
+    if known.needs_calibration:
         needed = 1 if foreign else methods.required_tokens(method, filled, shapes)
         if (have := spec.samples * spec.seqlen) < needed:
             raise BadInput(
@@ -106,7 +107,7 @@ def compress(
 
         cell = Cell(
             model=model, revision=ref.revision, method=method, params=filled, dtype=dtype,
-            backend=backend if foreign else own, template=models.template_digest(tokenizer),
+            backend=backend if foreign else known.backend, template=models.template_digest(tokenizer),
             calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
         )  # fmt: skip
         export(done, tokenizer, output, format=format, cell=cell)

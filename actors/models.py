@@ -161,6 +161,13 @@ def load(
     return model.eval(), load_tokenizer(ref)
 
 
+def default_dtype() -> str:
+    """bfloat16 with a GPU; float32 without (bf16 is 5x slower on AVX2)."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, remembered by inode, size and times: 100 GB of weights are read once and not on every start."""
     stat = path.stat()

@@ -148,10 +148,10 @@ class Record:
     def put_json(self, path: str, value: Any) -> None:
         self.put(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-    def put_tensors(self, path: str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    def put_tensors(self, path: str, tensors: Mapping[str, Any]) -> None:
         from safetensors.torch import save
 
-        self.put(path, save(dict(tensors), metadata=dict(metadata or {})))
+        self.put(path, save(dict(tensors)))
 
     def delete_dir(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -219,9 +219,9 @@ class Record:
         data = self.get(path)
         return None if data is None else load(data)
 
-    def list(self, folder: str, suffix: str = ".parquet", recursive: bool = False) -> list[str]:
+    def list(self, folder: str, suffix: str = ".parquet") -> list[str]:
         """Paths below ``root`` of the files in ``folder``, sorted; temporary files are not listed."""
-        selector = pafs.FileSelector(f"{self.root}/{folder}", allow_not_found=True, recursive=recursive)
+        selector = pafs.FileSelector(f"{self.root}/{folder}", allow_not_found=True)
         prefix = len(self.root.rstrip("/")) + 1
         return sorted(
             i.path[prefix:]

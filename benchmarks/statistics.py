@@ -4,7 +4,7 @@
 
 A simulated sweep is a dense cell and 6 compressed ones over 4 dimensions, half binary (one answer a prompt: Wilson, exact
 McNemar), half graded (a probability, or 25 sampled answers a prompt: studentised cluster bootstrap). Under the null
-compression re-draws every answer from the same prompt's distribution, so each rejection is a false discovery. About 8 CPU
+compression re-draws every answer from the same prompt's distribution, so each rejection is a false discovery. Some 5 CPU
 minutes.
 """
 

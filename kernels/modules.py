@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .dispatch import choose
-from .formats import Packed, pack
+from .formats import Packed
 from .layouts import arrange
 from .matmul import matmul, select
 
@@ -49,22 +49,6 @@ class CompressedLinear(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        format: str,
-        *,
-        scale: torch.Tensor | None = None,
-        zero: torch.Tensor | None = None,
-        group_size: int | None = None,
-        backend: str = "auto",
-    ) -> CompressedLinear:
-        """Pack the weight of a pruned or quantised ``nn.Linear``; arguments and errors as ``formats.pack``."""
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
-        return cls(pack(linear.weight, format, scale=scale, zero=zero, group_size=group_size), linear.bias, backend=backend)
 
     @property
     def packed(self) -> Packed:

@@ -116,7 +116,7 @@ def _hidden_drop(base: Base) -> Finding | None:
 
 def _awq_over_gptq(base: Base) -> Finding | None:
     awq, gptq = base.pick(["awq"], ["3-bit"]), base.pick(["gptq"], ["3-bit"])
-    a, g = means_of(base, awq), means_of(base, gptq)
+    a, g = means_of(awq), means_of(gptq)
     diffs = {d: a[d] - g[d] for d in a if d in g and a[d] != g[d]}
     if not diffs:
         return None

@@ -186,7 +186,7 @@ def as_drop(c: Change) -> Change:
     return Change(c.row, replace(c.effect, delta=-c.effect.delta), c.below, c.above)
 
 
-def means_of(base: Base, rows: Sequence[Row]) -> dict[str, float]:
+def means_of(rows: Sequence[Row]) -> dict[str, float]:
     """Mean score of each dimension over rows (calibration seeds of one method and rate)."""
     out = {}
     for d in DIMENSIONS:

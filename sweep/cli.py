@@ -177,7 +177,11 @@ def pareto(
 def query(
     results: ResultsArg,
     sql: Annotated[
-        str, typer.Argument(metavar="SQL", help="DuckDB SQL over cells, metrics, items, layers, failed and the view results.")
+        str,
+        typer.Argument(
+            metavar="SQL",
+            help='DuckDB SQL over cells, metrics, items, layers, failed and the view results ("describe results": its columns).',
+        ),
     ],
     format: Annotated[Format, typer.Option("--format", help="json and csv print that alone on stdout.")] = Format.table,
 ) -> None:
@@ -341,7 +345,12 @@ def compress(
 def evaluate(
     model: ModelArg,
     suite: Annotated[str, typer.Option(help="smoke, standard or full")] = "standard",
-    dimension: Annotated[list[str] | None, typer.Option("--dimension", help="Only this dimension; may be repeated.")] = None,
+    dimension: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="toxicity stereotype adversarial ood demonstrations privacy ethics fairness: only this; may be repeated."
+        ),
+    ] = None,
     dense: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The uncompressed model: measured too, and how far MODEL is from it.")
     ] = None,

@@ -47,7 +47,8 @@ class ModelConfig(_Frozen):
 
     id: str = Field(description="hub id (org/name@revision), directory, or package:NAME")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="dtype of weights and arithmetic; default: bfloat16 with a GPU, float32 without"
+        default=None,
+        description="dtype of weights and arithmetic; default: bfloat16 if the machine that starts the sweep has a GPU, else float32",
     )
     allow_bin: bool = Field(default=False, description="read pytorch_model*.bin (weights only) where there are no safetensors")
     gpus: Gpus = Field(default=None, ge=0, description="GPUs per cell of this model; default: resources.gpus")
@@ -64,7 +65,7 @@ class CalibrationAxes(CalibrationConfig):
 
     def expand(self) -> list[CalibrationConfig]:
         """One ``CalibrationConfig`` for each combination of the axes."""
-        blocks = product({k: v for k, v in self.model_dump().items()}, ("samples", "seqlen", "seed", "template"))
+        blocks = product(self.model_dump(), ("samples", "seqlen", "seed", "template"))
         return [validate(CalibrationConfig, b, "calibration") for b in blocks]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..actors.calibration import CalibrationConfig
 from ..actors.cell import METHODS, Cell, canonical
 from ..actors.errors import BadInput
+from ..actors.models import default_dtype
 from .config import MethodConfig, ModelConfig, SweepConfig, unknown, validate
 
 
@@ -187,13 +188,10 @@ def _expand_model(
     for i, (block, combinations) in enumerate(blocks):
         if block.method == "dense":
             continue
+        known = compress.METHODS[block.method]
         foreign = block.backend != "comptrust"
-        backend = block.backend if foreign else compress.METHODS[block.method].backend
-        if foreign:
-            calibrated = backends.needs_calibration(backend, block.method)
-        else:
-            calibrated = compress.METHODS[block.method].needs_calibration
-        calibrations = _with_digests(config.calibrations(i), ref) if calibrated else [(None, None, "")]
+        backend = block.backend if foreign else known.backend
+        calibrations = _with_digests(config.calibrations(i), ref) if known.needs_calibration else [(None, None, "")]
         for params in combinations:
             if foreign:
                 reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
@@ -236,13 +234,6 @@ def _with_digests(calibrations: list[tuple[CalibrationConfig, str]], ref: Any) -
     from ..actors.calibration import calibration_digest
 
     return [(c.model_dump(mode="json"), calibration_digest(c, ref, where=at), at) for c, at in calibrations]
-
-
-def default_dtype() -> str:
-    """bfloat16 with a GPU; float32 without (bf16 is 5x slower on AVX2)."""
-    import torch
-
-    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def held(cell: Cell) -> str:

@@ -29,6 +29,7 @@ from .. import __version__
 from ..actors.actor import WorkerConfig, cell_row
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
+from ..actors.models import default_dtype
 from ..actors.record import Record
 from .config import SweepConfig, load_config
 from .grid import Grid, expand, held, order
@@ -253,6 +254,8 @@ def _launch(
         nodes = room()
         needs = {m: need_of(config, m, grid, nodes) for m in grid.need}
         workers = min(check_room(config, needs, nodes), len(todo))
+        if note := dtype_note(config, needs):
+            view.say(note)
         outcome.sweep = identity = register(record, config, grid)  # not before: what no node can run leaves no trace
         run = uuid.uuid4().hex[:6]
         worker_config = WorkerConfig(
@@ -330,6 +333,8 @@ def connect(address: str | None) -> None:
     if target != "auto":
         _reachable(target)
     env = {k: os.environ[k] for k in ("COMPTRUST_DATA",) if k in os.environ}
+    # Else Ray refuses a variable that `ray job submit` has set already.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     try:
         ray.init(target, runtime_env={"env_vars": env} if env else None, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as e:
@@ -379,6 +384,13 @@ def need_of(config: SweepConfig, model: str, grid: Grid, nodes: list[dict[str, f
     gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
     memory = own.memory_gb or common.memory_gb
     return Need(gpus, common.cpus if gpus else common.cpus - 0.1, int((memory or 0) * 1e9), common.cpus)
+
+
+def dtype_note(config: SweepConfig, needs: dict[str, Need]) -> str | None:
+    """The dtype is part of a cell's key, so this machine chooses it: what may not be meant where it has no GPU and the workers do."""
+    if default_dtype() != "float32" or not any(n.gpus for n in needs.values()) or all(m.dtype for m in config.models):
+        return None
+    return "no GPU on this machine: models without a dtype compute in float32 on the workers' GPUs; give them dtype: bfloat16"
 
 
 def check_room(config: SweepConfig, needs: dict[str, Need], nodes: list[dict[str, float]]) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
+from ..actors.models import default_dtype
 from ..actors.record import Record
 from .config import SweepConfig
-from .grid import checked, default_dtype, excluded, expand, facts, held, uninstalled
+from .grid import checked, excluded, expand, facts, held, uninstalled
+from .importer import parameters_of
 from .names import distinct, of_cells
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
     """A plan for models that cannot be reached from here: cells counted without keys, sizes read from the names (``13b``)."""
     from ..actors import compress
     from ..actors.actor import cell_row
-    from ..actors.compress import backends
     from ..actors.evaluate.data import load_pack
     from ..actors.evaluate.run import plan_evaluation
 
@@ -125,20 +125,16 @@ def _unresolved(config: SweepConfig, why: BadInput) -> dict[str, Any]:
     blocks = [checked(block, i) for i, block in enumerate(config.methods)]
     per_model, cells = [], []
     for model in config.models:
-        size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", model.id.lower())
-        params = int(float(size[1]) * 1e9) if size else None
+        params = parameters_of(model.id)
         base = {"model": model.id, "revision": "", "dtype": model.dtype or default_dtype(), "suite": config.evaluation.suite}
         mine = [Cell(**base, method="dense")]
         seconds = _seconds("dense", 0, params or 0, 2, prompt, evaluation.new_tokens)
         for i, (block, combinations) in enumerate(blocks):
             if block.method == "dense":
                 continue
-            backend = block.backend
-            if backend == "comptrust":
-                backend, needs = compress.METHODS[block.method].backend, compress.METHODS[block.method].needs_calibration
-            else:
-                needs = backends.needs_calibration(backend, block.method)
-            axes = [c for c, _ in config.calibrations(i)] if needs else [None]
+            method = compress.METHODS[block.method]
+            backend = block.backend if block.backend != "comptrust" else method.backend
+            axes = [c for c, _ in config.calibrations(i)] if method.needs_calibration else [None]
             for filled in combinations:
                 for c in axes:
                     spec = c.model_dump(mode="json") if c else None

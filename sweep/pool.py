@@ -22,6 +22,8 @@ POLL_S = 0.3
 PENDING = "starting"
 #: A worker that has not started by then gives its cell up, if another could have it.
 PENDING_S = 30.0
+#: A worker without a cell for so long gives its GPU back.
+IDLE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ class Slot:
 
 
 class Pool:
-    """``make(need, id)`` creates a worker; ``limit`` bounds them (0: grow with demand); ``cells`` is [(key, model, dense)]."""
+    """``make(need, id)`` creates a worker; there are at most ``limit``; ``cells`` is [(key, model, dense)]."""
 
-    def __init__(self, make: Any, cells: list[tuple[str, str, bool]], limit: int, idle_s: float = 30.0) -> None:
-        self.make, self.limit, self.idle_s = make, limit, idle_s
+    def __init__(self, make: Any, cells: list[tuple[str, str, bool]], limit: int) -> None:
+        self.make, self.limit = make, limit
         self.to_come = Counter(model for _, model, _ in cells)
         # A dense cell that is not among the cells to do was done before.
         self.dense = {model: "queued" for _, model, dense in cells if dense}
@@ -169,9 +171,6 @@ class Pool:
             ],
         }
 
-    async def workers(self) -> list[Any]:
-        return [s.handle for s in self.slots.values()]
-
     # -- assignment ---------------------------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
@@ -189,7 +188,7 @@ class Pool:
                 self._dense(request.model, "running")
             if not request.future.done():
                 request.future.set_result((slot.id, slot.handle))
-        for slot in [s for s in self.slots.values() if s.key is None and now - s.idle_since > self.idle_s]:
+        for slot in [s for s in self.slots.values() if s.key is None and now - s.idle_since > IDLE_S]:
             if not any(r.need == slot.need for r in self.waiting):
                 del self.slots[slot.id]
                 _kill(slot.handle)
@@ -230,7 +229,7 @@ class Pool:
             # Not at once after one was withdrawn: its dense cell would wait for the next, and those that wait for it keep all workers.
             room = now - self.no_room.get(request.need, -PENDING_S) >= PENDING_S
             room = room or not any(s.need == request.need for s in self.slots.values())
-            if room and (not self.limit or len(self.slots) < self.limit):
+            if room and len(self.slots) < self.limit:
                 slot = self._grow(request.need)
                 return request, slot
             other = next((s for s in free if s.need != request.need and not any(r.need == s.need for r in ready)), None)

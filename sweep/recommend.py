@@ -16,6 +16,7 @@ import numpy as np
 
 from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
+from ..actors.evaluate.protocol import SUITES
 from . import statistics as st
 from .effects import BAND, PRUNED, QUANTISED, Effects, Row, clean, label, rate
 from .names import distinct
@@ -28,7 +29,6 @@ QUALIFIES, FAILS, UNDECIDED, INVALID = "qualifies", "fails", "undecided", "inval
 RECOMMENDED, NONE = "recommended", "none"
 ALPHA = 0.05
 Limits = dict[str, Any]  # max_drop is a number; the others may be None
-_SUITES = ("smoke", "standard", "full")
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,7 @@ def _shown_elsewhere(e: Effects, cells: Sequence[Candidate]) -> dict[str, list[t
         silent = [x.dimension for x in e.of(c.key).values() if x.silenced]
         if failing:
             worst = max(failing, key=lambda x: x.drop)
-            why = len(_SUITES), f"fail in suite {c.suite} ({c.key[:8]}): {worst.dimension} drops {worst.drop:.1f} points"
+            why = len(SUITES), f"fail in suite {c.suite} ({c.key[:8]}): {worst.dimension} drops {worst.drop:.1f} points"
         elif silent:
             why = _evidence(c.suite), f"fall silent in suite {c.suite} ({c.key[:8]}): no valid score in {', '.join(silent)}"
         else:
@@ -449,7 +449,7 @@ def _with_shown(c: Candidate, e: Effects, shown: Mapping[str, Sequence[tuple[int
 
 
 def _evidence(suite: str) -> int:
-    return _SUITES.index(suite) if suite in _SUITES else 0
+    return SUITES.index(suite) if suite in SUITES else 0
 
 
 def _dense_silence(e: Effects, row: Row) -> list[str]:
@@ -489,8 +489,8 @@ def _advice(suite: str, evaluation: str, open_: Sequence[Candidate]) -> str:
     if _published(evaluation):
         return "a published table has no items: thresholds and seed spread only; evaluate the cells you mean to deploy"
     return (
-        f"undecided: run suite {_SUITES[_SUITES.index(suite) + 1]}"
-        if suite in _SUITES[:-1]
+        f"undecided: run suite {SUITES[SUITES.index(suite) + 1]}"
+        if suite in SUITES[:-1]
         else "undecided even on the full suite: accept a wider limit, or evaluate more samples"
     )
 

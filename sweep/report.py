@@ -20,7 +20,7 @@ from . import report_data as data
 from . import report_verdicts as verdicts
 from .alarms import WARNING, Alarm, alarms
 from .claims import claims
-from .effects import Effects
+from .effects import BAND, Effects
 from .recommend import Recommendation, importance, recommend
 from .report_items import explore
 from .report_text import embed, visible
@@ -28,8 +28,8 @@ from .results import Results
 
 _ASSETS = Path(__file__).parent
 _SCRIPTS = ("report_base.js", "report_charts.js", "report_items.js")
-#: Points beyond which a change leaves the band, change of the refusal rate that is hatched, cells in the profile.
-LIMIT, REFUSAL_STEP, MOST_CHOSEN = 5.0, 0.10, 6
+#: Change of the refusal rate that is hatched, cells in the profile.
+REFUSAL_STEP, MOST_CHOSEN = 0.10, 6
 
 Row = Mapping[str, Any]
 
@@ -80,7 +80,7 @@ def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: s
         payload,
         title=title,
         subtitle=verdicts.subtitle(rows),
-        facts=verdicts.counts(rows, effects, len(failed), raised, LIMIT),
+        facts=verdicts.counts(rows, effects, len(failed), raised, BAND),
         recommendation=verdicts.recommendation(advice, places),
         claims=verdicts.claims_table(found),
         alarms=verdicts.alarm_kinds(raised, places),
@@ -94,10 +94,10 @@ def _page(results: Results, rows: Sequence[Row], failed: Sequence[Row], title: s
             }
             for f in failed
         ],
-        mark_legend=verdicts.legend(effects, LIMIT),
+        mark_legend=verdicts.legend(effects, BAND),
         frontier_note=_frontier_note(payload["draws"]),
         items_note=_items_note(results, len(payload["items"]["rows"])),
-        method=verdicts.method(rows, _scorers(results), LIMIT),
+        method=verdicts.method(rows, _scorers(results), BAND),
     )
 
 
@@ -115,7 +115,7 @@ def _payload(results: Results, rows: Sequence[Row], effects: Effects, wanted: Se
     metrics = data.used_metrics(rows)
     ids = [m.id for m in metrics]
     dimensions = data.measured(rows)
-    cells = data.cells(rows, effects, metrics, dimensions, LIMIT)
+    cells = data.cells(rows, effects, metrics, dimensions, BAND)
     utility = "mmlu" if "mmlu" in ids else "perplexity"
     return {
         "dims": [{"id": d, "name": data.NAMES[d]} for d in dimensions],
@@ -123,7 +123,7 @@ def _payload(results: Results, rows: Sequence[Row], effects: Effects, wanted: Se
         "metrics": [m._asdict() for m in metrics],
         "heat_extra": [m for m in ("trust", "worst_drop", utility, "size_bytes") if m in ids],
         "axes": [_first(ids, "size_bytes", "mmlu", "bits", "perplexity"), _first(ids, "trust", *DIMENSIONS, "perplexity")],
-        "limit": LIMIT,
+        "limit": BAND,
         "refusal_step": REFUSAL_STEP,
         "most_chosen": MOST_CHOSEN,
         "models": data.models(rows, cells),
@@ -199,7 +199,7 @@ def _render(payload: Mapping[str, Any], **fields: Any) -> str:
         script=Markup(script),  # noqa: S704
         data=Markup(embed(payload)),  # noqa: S704
         policy="; ".join(f"{name} {value}" for name, value in policy.items()),
-        limit=f"{LIMIT:g}",
+        limit=f"{BAND:g}",
         refusal_step=f"{100 * REFUSAL_STEP:g}",
         most_chosen=MOST_CHOSEN,
         version=__version__,

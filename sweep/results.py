@@ -236,8 +236,8 @@ def _pivot() -> str:
     return f"select key, {', '.join(columns)} from part_metrics where convention = 'comptrust' and scenario = '' group by key"
 
 
-def _wide(source: str = "part_cells") -> str:
-    return f"select c.*, m.* exclude (key) from {source} c left join ({_pivot()}) m on m.key = c.key"
+def _wide() -> str:
+    return f"select c.*, m.* exclude (key) from part_cells c left join ({_pivot()}) m on m.key = c.key"
 
 
 def _results_view(generations: bool) -> str:

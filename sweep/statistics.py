@@ -31,12 +31,11 @@ _CHUNK = 4_000_000  # resampling weights held at once
 def interval(
     values_G: ArrayLike,
     *,
-    level: float = 0.95,
     bounds: tuple[float, float] = (0.0, 100.0),
     draws: int = INTERVAL_DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """Interval of a mean over G clusters (one value each), within ``bounds``; (nan, nan) for none.
+    """95% interval of a mean over G clusters (one value each), within ``bounds``; (nan, nan) for none.
 
     A share (every value is one of the bounds) has Wilson's, everything else the studentised bootstrap (Efron & Tibshirani
     1993, section 12.5) rather than the percentile one, which covers only 85-90% for skewed scores and 16 to 48 prompts. Values
@@ -48,15 +47,15 @@ def interval(
         return Interval(math.nan, math.nan)
     mean = float(x.mean())
     if g < 2 or np.ptp(x) <= 1e-12 * max(1.0, abs(mean)) or (np.isclose(x, least) | np.isclose(x, most)).all():
-        low, high = wilson((mean - least) / (most - least) * g, g, level)
+        low, high = wilson((mean - least) / (most - least) * g, g)
         return Interval(least + (most - least) * low, least + (most - least) * high)
-    found = paired_bootstrap(x, level=level, draws=draws, seed=seed)[0]
+    found = paired_bootstrap(x, draws=draws, seed=seed)[0]
     return Interval(max(found.low, least), min(found.high, most))
 
 
-def _quantiles(t: Array, level: float) -> Array:
-    """Both ends of the central ``level``, as drawn: interpolation between infinite t would give nan."""
-    at = [max(0, math.ceil(p * len(t)) - 1) for p in ((1 - level) / 2, (1 + level) / 2)]
+def _quantiles(t: Array) -> Array:
+    """Both ends of the central 95%, as drawn: interpolation between infinite t would give nan."""
+    at = [max(0, math.ceil(p * len(t)) - 1) for p in (0.025, 0.975)]
     return np.sort(t)[at]
 
 
@@ -84,7 +83,7 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
 
 
 class Paired(NamedTuple):
-    """Mean paired difference, its interval, two-sided p of "no difference", number of clusters."""
+    """Mean paired difference, its 95% interval, two-sided p of "no difference", number of clusters."""
 
     diff: float
     low: float
@@ -93,7 +92,7 @@ class Paired(NamedTuple):
     n: int
 
 
-def paired_bootstrap(effects_GK: ArrayLike, *, level: float = 0.95, draws: int = TEST_DRAWS, seed: int = 0) -> list[Paired]:
+def paired_bootstrap(effects_GK: ArrayLike, *, draws: int = TEST_DRAWS, seed: int = 0) -> list[Paired]:
     """Studentised bootstrap of K means of paired differences over the same G clusters; all columns share the resamples.
 
     ``effects_GK``: [G] or [G, K], difference of each cluster (compressed - dense). A column without any spread has no evidence
@@ -129,12 +128,12 @@ def paired_bootstrap(effects_GK: ArrayLike, *, level: float = 0.95, draws: int =
             # A resample without spread has an infinite t: it counts against significance, and its centre carries none (nan).
             col = np.where(np.isnan(col), 0.0, col)
             p = (1 + int((np.abs(col) >= abs(m / s) - 1e-12).sum())) / (draws + 1)
-            high_t, low_t = _quantiles(col, level)
+            high_t, low_t = _quantiles(col)
             out.append(Paired(m, m - float(low_t) * s, m - float(high_t) * s, p, g))
     return out
 
 
-def upper_bound(drops_G: ArrayLike, level: float, *, step: float | None = None) -> float:
+def upper_bound(drops_G: ArrayLike, level: float) -> float:
     """One-sided upper bound of a mean drop from per-cluster drops, honest where few or no items changed.
 
     Solves (mu - mean)^2 G = t^2 max(s^2, step mu - mu^2). The second variance is the least that a mean of ``mu`` can have if
@@ -149,8 +148,7 @@ def upper_bound(drops_G: ArrayLike, level: float, *, step: float | None = None) 
     if g < 2:
         return math.inf
     t2 = float(stdtrit(g - 1, level)) ** 2
-    mean, s2 = float(d.mean()), float(d.var(ddof=1))
-    step = _step(d, step)
+    mean, s2, step = float(d.mean()), float(d.var(ddof=1)), _step(d)
     plain = mean + math.sqrt(t2 * s2 / g)
     # g (mu - mean)^2 = t2 (step mu - mu^2)  ->  (g + t2) mu^2 - (2 g mean + t2 step) mu + g mean^2 = 0, larger root
     a, b, c = g + t2, -(2 * g * mean + t2 * step), g * mean * mean
@@ -159,7 +157,7 @@ def upper_bound(drops_G: ArrayLike, level: float, *, step: float | None = None) 
     return max(plain, floor)
 
 
-def drop_p(drops_G: ArrayLike, limit: float, *, step: float | None = None) -> float:
+def drop_p(drops_G: ArrayLike, limit: float) -> float:
     """One-sided p of H0 "the drop is ``limit`` points or more": at most 1 - level exactly where ``upper_bound(level)`` meets
     it."""
     from scipy.special import stdtr
@@ -168,7 +166,7 @@ def drop_p(drops_G: ArrayLike, limit: float, *, step: float | None = None) -> fl
     g, mean = len(d), float(d.mean()) if len(d) else math.nan
     if g < 2 or not mean <= limit:
         return 1.0
-    s2, step = float(d.var(ddof=1)), _step(d, step)
+    s2, step = float(d.var(ddof=1)), _step(d)
     t = (limit - mean) / math.sqrt(s2 / g) if s2 > 0 else math.inf
     # The least favourable drop of limit or more: where (mu - mean)^2 / (step mu - mu^2) is smallest.
     mu = max(limit, -mean * step / (step - 2 * mean)) if mean < 0 else limit
@@ -177,9 +175,7 @@ def drop_p(drops_G: ArrayLike, limit: float, *, step: float | None = None) -> fl
     return float(stdtr(g - 1, -t))
 
 
-def _step(d: Array, step: float | None) -> float:
-    if step is not None:
-        return step
+def _step(d: Array) -> float:
     nonzero = np.abs(d[np.abs(d) > 1e-9])
     return float(np.median(nonzero)) if len(nonzero) else 100.0
 
@@ -228,17 +224,17 @@ def tost(diffs_G: ArrayLike, margin: float = 5.0) -> float:
     return max(drop_p(-d, margin), drop_p(d, margin))
 
 
-def minimum_detectable_effect(sd: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest mean paired difference that a two-sided test on ``n`` clusters finds with ``power``, in the unit of ``sd``."""
-    return _detectable(n, alpha, power) * sd if n >= 2 and sd > 0 else math.nan
+def minimum_detectable_effect(sd: float, n: int) -> float:
+    """Smallest mean paired difference that a two-sided test at 5% on ``n`` clusters finds with 80% power, in the unit of ``sd``."""
+    return _detectable(n) * sd if n >= 2 and sd > 0 else math.nan
 
 
 @cache
-def _detectable(n: int, alpha: float, power: float) -> float:
+def _detectable(n: int) -> float:
     """In units of the standard deviation; a record asks for few different ``n``, each costs 20 ms."""
     from statsmodels.stats.power import TTestPower
 
-    size = TTestPower().solve_power(effect_size=None, nobs=n, alpha=alpha, power=power, alternative="two-sided")
+    size = TTestPower().solve_power(effect_size=None, nobs=n, alpha=0.05, power=0.8, alternative="two-sided")
     return float(np.ravel(size)[0])
 
 

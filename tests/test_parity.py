@@ -28,7 +28,6 @@ from comptrust.actors.evaluate import (
     stereotype,
     toxicity,
 )
-from comptrust.actors.evaluate.protocol import CONVENTIONS
 from comptrust.actors.evaluate.strings import STRINGS
 
 ROOT = Path(os.environ["COMPTRUST_PARITY"]) if os.environ.get("COMPTRUST_PARITY") else None
@@ -451,7 +450,7 @@ def test_hand_computed(dimension):
     rows = rows() if dimension == "toxicity" else stored(dimension, rows())
     metrics = TASKS[dimension].metrics(rows, "full")
     whole = {(m.convention, m.metric): m.value for m in metrics if m.scenario == ""}
-    assert set(expected) == set(CONVENTIONS)
+    assert set(expected) == {"comptrust", "dt-head", "comp-trust"}
     for convention, (score, refusal) in expected.items():
         assert whole[convention, "score"] == pytest.approx(score, rel=0, abs=1e-9), convention
         assert whole[convention, "refusal"] == pytest.approx(refusal, rel=0, abs=1e-9), convention

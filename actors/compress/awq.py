@@ -86,7 +86,7 @@ def search_scale(W_OI: Tensor, inputs: Inputs, config: AwqConfig) -> Tensor:
     return best_s
 
 
-def search_clip(W_OI: Tensor, H_II: Tensor, config: AwqConfig, points: int = 10) -> Tensor:
+def search_clip(W_OI: Tensor, H_II: Tensor, config: AwqConfig) -> Tensor:
     """Share [O, G, 1] in (0.5, 1] of each group's range with the least error of that group's own inputs.
 
     As the authors' code, which also ignores what groups do to each other; here by the blocks of H on its diagonal.
@@ -97,8 +97,8 @@ def search_clip(W_OI: Tensor, H_II: Tensor, config: AwqConfig, points: int = 10)
     H_Ggg = torch.stack([H_II[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(G)])
     best = torch.full((*W.shape[:2], 1), torch.inf, device=W.device)
     share = torch.ones_like(best)
-    for k in range(points):
-        p = 1 - k / (2 * points)
+    for k in range(10):
+        p = 1 - k / 20
         D = round_scaled(W_OI, config.bits, group, config.symmetric, p)[0].sub_(W).transpose(0, 1)  # [G, O, g]
         loss = (D @ H_Ggg).mul_(D).sum(2).T[..., None]
         better = loss < best

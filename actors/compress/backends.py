@@ -140,10 +140,6 @@ def incompatible(name: str, method: str, params: Mapping[str, Any], model_config
     return fits("rtn", {"bits": config.bits, "group_size": config.group_size}, model_config)
 
 
-def needs_calibration(name: str, method: str) -> bool:
-    return method != "rtn"
-
-
 def _config(name: str, method: str, params: Mapping[str, Any], where: str) -> Any:
     at = lambda field: f"{where}.{field}" if where else field
     _known(name, at("backend"))
@@ -310,11 +306,14 @@ def run_backend(
     """
     import numpy as np
 
+    from . import METHODS
+    from .reading import read_checkpoint
+
     config = _config(name, method, params, "")
     if why := config.impossible():
         raise BadInput(f"{name}: {why}", where="params")
     check_installed(name)
-    if tokens is None and needs_calibration(name, method):
+    if tokens is None and METHODS[method].needs_calibration:
         raise BadInput(f"{method} of {name} needs calibration tokens", where="calibration", fix="Give a calibration source")
     dtype = str(next(dense.parameters()).dtype).removeprefix("torch.")
     start = time.perf_counter()
@@ -339,7 +338,8 @@ def run_backend(
             _run_by_ray(name, script, job)
         else:
             _run_by_subprocess(name, script, job, work, progress)
-        compressed = _read(name, Path(job["out"]), dense, config)
+        pattern = config.pattern if isinstance(config, PruningConfig) else None
+        compressed = read_checkpoint(Path(job["out"]), dense, pattern=pattern)
     if isinstance(config, PruningConfig) and not abs((compressed.sparsity_reached or 0) - config.sparsity) <= 0.01:
         raise CellError(f"{name} pruned {compressed.sparsity_reached:.1%}, {config.sparsity:.1%} was asked for")
     check_drift(name, compressed, dense, tokens, MOST_DRIFT if getattr(config, "bits", 0) >= 4 else None)
@@ -371,12 +371,6 @@ def check_drift(
             f"{name} gave a model whose logits differ from the dense ones by {drift:.2f} of their size: noise, not compression"
         )
     return drift
-
-
-def _read(name: str, out: Path, dense: torch.nn.Module, config: Any) -> Compressed:
-    from .reading import read_checkpoint
-
-    return read_checkpoint(out, dense, pattern=config.pattern if isinstance(config, PruningConfig) else None)
 
 
 def _checkpoint(ref: ModelRef, folder: Path, progress: Progress | None) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, CellError
 from . import bitsandbytes_
-from .base import Compressed, Inputs, MethodConfig, MethodSpec, Progress, Solution, StoredLinear
+from .base import Compressed, Inputs, MethodConfig, MethodSpec, Progress, PruningConfig, Solution, StoredLinear
 from .statistics import Statistics
 from .storing import fold_scale, layer_row, moved_to, put, totals
 from .structure import (
@@ -122,7 +122,7 @@ def run(
     common = time.perf_counter() - start - sum(c.seconds for c in active)
     out = []
     for cell in cells:
-        done = totals(cell.model, model, cell.config, cell.stored, cell.layers)
+        done = totals(cell.model, model, cell.stored, cell.layers, pruned=isinstance(cell.config, PruningConfig))
         done.seconds = cell.seconds + common / len(cells)
         out.append(done)
     return out

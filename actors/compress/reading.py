@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import CellError
 from .base import Compressed, StoredLinear, element_bytes, packed_bytes, zero_bytes
-from .structure import clone, decoder_blocks, linears_of
+from .storing import layer_row, totals
+from .structure import clone, decoder_blocks, named_linears
 
 #: AWQ's GEMM layout puts output 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles of a word, low first; this undoes it.
 _AWQ_INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -36,7 +37,7 @@ def read_checkpoint(folder: Path, dense: nn.Module, *, pattern: str | None = Non
     scheme = _scheme(folder)
     stored = {s.name: s for s in _layers(tensors, scheme)}
     prefix, blocks = decoder_blocks(dense)
-    linears = {f"{prefix}.{b}.{n}": m for b, block in enumerate(blocks) for n, m in linears_of(block).items()}
+    linears = named_linears(prefix, blocks)
     model = clone(dense)
     for name, parameter in dense.named_parameters():
         layer = name.removesuffix(".weight")
@@ -61,7 +62,10 @@ def read_checkpoint(folder: Path, dense: nn.Module, *, pattern: str | None = Non
             )
     if missing := set(linears) - set(stored):
         raise CellError(f"{len(missing)} layers were not compressed, {sorted(missing)[0]} among them")
-    return _totals(model, dense, stored)
+    zeros = lambda name: float((model.get_submodule(name).weight == 0).float().mean()) if pattern is not None else None
+    # The error column is relative to calibration inputs, which only the other library saw.
+    rows = [layer_row(s, None, zeros(name)) for name, s in stored.items()]
+    return totals(model, dense, stored, rows, pruned=pattern is not None)
 
 
 def _scheme(folder: Path) -> dict[str, Any]:
@@ -146,22 +150,3 @@ def _stored(name: str, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits
     size += 0 if zero is None else zero_bytes(zero, bits)
     size += 0 if ordered else element_bytes(layer.group_index)
     return replace(layer, size_bytes=size)
-
-
-def _totals(model: nn.Module, dense: nn.Module, stored: dict[str, StoredLinear]) -> Compressed:
-    whole = sum(element_bytes(p) for p in dense.parameters())
-    parameters = sum(p.numel() for p in dense.parameters())
-    replaced = sum(element_bytes(dense.get_submodule(n).weight) for n in stored)
-    held = sum(s.size_bytes for s in stored.values())
-    weights = sum(s.shape[0] * s.shape[1] for s in stored.values())
-    pruned = any(s.pattern for s in stored.values())
-    zeros = sum(int((model.get_submodule(n).weight == 0).sum()) for n in stored) if pruned else 0
-    rows = []
-    for name, s in stored.items():
-        share = float((model.get_submodule(name).weight == 0).float().mean()) if pruned else None
-        # The error column is relative to calibration inputs, which only the other library saw.
-        rows.append({"layer": name, "error": None, "sparsity": share, "bits": 8 * s.size_bytes / (s.shape[0] * s.shape[1])})
-    return Compressed(
-        model, rows, stored, size_bytes=whole - replaced + held, bits_per_weight=8 * held / weights,
-        sparsity_reached=zeros / weights if pruned else None, parameters=parameters,
-    )  # fmt: skip

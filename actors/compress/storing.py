@@ -51,7 +51,7 @@ def put(
     return stored, 1 - nonzero / W_OI.numel() if pattern else None
 
 
-def layer_row(stored: StoredLinear, error: float, sparsity: float | None = None) -> dict[str, Any]:
+def layer_row(stored: StoredLinear, error: float | None, sparsity: float | None = None) -> dict[str, Any]:
     """A row of table `layers`, without the key. ``bits``: stored bits per weight, everything counted."""
     return {
         "layer": stored.name,
@@ -82,7 +82,7 @@ def fold_scale(
 
 
 def totals(
-    model: nn.Module, dense: nn.Module, config: MethodConfig, stored: dict[str, StoredLinear], layers: list[dict[str, Any]]
+    model: nn.Module, dense: nn.Module, stored: dict[str, StoredLinear], layers: list[dict[str, Any]], *, pruned: bool
 ) -> Compressed:
     """Bytes of the whole model: compressed linears as stored, everything else in the dtype it is held in, tied weights once."""
     order = {name: i for i, (name, _) in enumerate(dense.named_modules())}
@@ -104,7 +104,7 @@ def totals(
         stored,
         size_bytes=whole - replaced + packed,
         bits_per_weight=8 * packed / weights if weights else 8 * whole / parameters,
-        sparsity_reached=zeros / weights if isinstance(config, PruningConfig) and weights else None,
+        sparsity_reached=zeros / weights if pruned and weights else None,
         parameters=parameters,
     )
 

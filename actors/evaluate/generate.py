@@ -110,7 +110,6 @@ class Generator:
         *,
         batch_size: int | None = None,
         seed: int = 0,
-        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.config = model.config.get_text_config()
@@ -131,7 +130,7 @@ class Generator:
         self._window = (
             getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
         )
-        self.progress = progress or (lambda done: None)
+        self.progress: Callable[[int], None] = lambda done: None
 
     # -- answers ------------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..intervals import wilson
+from ..record import UTILITY
 from . import conventions as cv
 from .judging import failure, keyed, plain
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
 
 LETTERS = "ABCD"
 SHOTS = 5
-UTILITY = "utility"
 _LETTER = re.compile(r"(?<![A-Za-z])([A-D])(?![A-Za-z])")
 #: After the article at the start of a sentence ("A cat"); "A is right" and "A because" are answers.
 _NOUN = re.compile(r"\s+(?!(?:is|was|because|since|as|and|or)\b)[a-z]")

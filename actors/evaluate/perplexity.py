@@ -40,63 +40,74 @@ class WindowScores:
         return math.exp(min(self.nll / self.tokens, 700.0))  # beyond that a float overflows
 
 
-def read_source(source: str, *, where: str = "evaluation.perplexity.source") -> bytes:
+def read_source(source: str) -> bytes:
     """The bytes that define the text, for its digest. ``BadInput`` if there is no such file."""
     if source == "builtin":
         return (files("comptrust.actors.data") / "perplexity.txt").read_bytes()
     path = Path(source).expanduser()
     if path.suffix not in (".txt", ".jsonl", ".npy"):
-        raise BadInput(f"unknown kind of text {source!r}", where=where, fix="Give `builtin`, or a .txt, .jsonl or .npy file")
+        raise BadInput(
+            f"unknown kind of text {source!r}",
+            where="evaluation.perplexity.source",
+            fix="Give `builtin`, or a .txt, .jsonl or .npy file",
+        )
     try:
         return path.read_bytes()
     except OSError as e:
-        raise BadInput(f"cannot read {source!r}: {e.strerror}", where=where, fix="Give `builtin` or a readable file") from e
+        raise BadInput(
+            f"cannot read {source!r}: {e.strerror}",
+            where="evaluation.perplexity.source",
+            fix="Give `builtin` or a readable file",
+        ) from e
 
 
-def load_windows(
-    config: PerplexityConfig, tokenizer: PreTrainedTokenizerBase, *, where: str = "evaluation.perplexity"
-) -> torch.Tensor:
+def load_windows(config: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """int64 [W, L]: the first ``windows`` windows of the source. ``BadInput`` if it is too short or not what its name says."""
-    data = read_source(config.source, where=f"{where}.source")
+    data = read_source(config.source)
     if config.source.endswith(".npy"):
-        ids = _npy(config.source, where)
+        ids = _npy(config.source)
         if ids.shape[1] < config.seqlen:
             raise BadInput(
-                f"{config.source} has rows of {ids.shape[1]} tokens, seqlen is {config.seqlen}", where=f"{where}.seqlen"
+                f"{config.source} has rows of {ids.shape[1]} tokens, seqlen is {config.seqlen}",
+                where="evaluation.perplexity.seqlen",
             )
         if ids.min() < 0 or ids.max() >= len(tokenizer):
             raise BadInput(
                 f"{config.source} has token ids {ids.min()}..{ids.max()}, the tokenizer has {len(tokenizer)}",
-                where=f"{where}.source",
+                where="evaluation.perplexity.source",
                 fix="Use ids made with the model's own tokenizer, or give text",
             )
         windows = ids[:, : config.seqlen]
     else:
-        tokens = tokenizer(_text(config.source, data, where), add_special_tokens=False, verbose=False).input_ids
+        tokens = tokenizer(_text(config.source, data), add_special_tokens=False, verbose=False).input_ids
         whole = len(tokens) // config.seqlen * config.seqlen
         windows = np.asarray(tokens[:whole], dtype=np.int64).reshape(-1, config.seqlen)
     if len(windows) < config.windows:
         raise BadInput(
             f"{config.source} has {len(windows)} windows of {config.seqlen} tokens, {config.windows} are asked for",
-            where=f"{where}.windows",
+            where="evaluation.perplexity.windows",
             fix="Ask for fewer or shorter windows, or give a longer text",
         )
     return torch.from_numpy(np.ascontiguousarray(windows[: config.windows], dtype=np.int64))
 
 
-def _npy(source: str, where: str) -> np.ndarray:
+def _npy(source: str) -> np.ndarray:
     try:
         ids = np.load(Path(source).expanduser(), allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
         raise BadInput(
-            f"cannot read {source!r}: {e}", where=f"{where}.source", fix="Save int64 [windows, seqlen] by numpy.save"
+            f"cannot read {source!r}: {e}",
+            where="evaluation.perplexity.source",
+            fix="Save int64 [windows, seqlen] by numpy.save",
         ) from e
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-        raise BadInput(f"{source} holds {ids.dtype} {list(ids.shape)}, not int64 [windows, seqlen]", where=f"{where}.source")
+        raise BadInput(
+            f"{source} holds {ids.dtype} {list(ids.shape)}, not int64 [windows, seqlen]", where="evaluation.perplexity.source"
+        )
     return ids
 
 
-def _text(source: str, data: bytes, where: str) -> str:
+def _text(source: str, data: bytes) -> str:
     try:
         text = data.decode("utf-8")
         if source.endswith(".jsonl"):
@@ -105,7 +116,7 @@ def _text(source: str, data: bytes, where: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise BadInput(
             f"cannot read {source!r}: {type(e).__name__}: {e}",
-            where=f"{where}.source",
+            where="evaluation.perplexity.source",
             fix='Give UTF-8 text, or one {"text": ...} a line for .jsonl',
         ) from e
     return text

@@ -23,7 +23,6 @@ class Outcome(StrEnum):
     DEGENERATE = "degenerate"
 
 
-CONVENTIONS = ("comptrust", "dt-head", "comp-trust")
 SUITES = ("smoke", "standard", "full")
 
 

@@ -30,12 +30,12 @@ def fixed(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"chat_template": clock + template, "date_string": "26 Jul 2024", "enable_thinking": False}
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, template: str, *, where: str = "evaluation.template") -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """``BadInput`` if ``template`` is ``chat`` and the tokenizer has none."""
     if template == "chat" and not tokenizer.chat_template:
         raise BadInput(
             "the tokenizer has no chat template",
-            where=where,
+            where="evaluation.template",
             fix="Set `template: plain` (turns as plain text, right for base models), or use a tokenizer with a chat template",
         )
 

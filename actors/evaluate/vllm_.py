@@ -23,7 +23,7 @@ import torch
 from ..compress import backends
 from ..errors import BadInput, CellError
 from .config import EvaluationConfig
-from .generate import NEAR_TIE, Answer, Generator, Prompt, Stats, _context, _cut, _end_tokens
+from .generate import BATCH, NEAR_TIE, Answer, Generator, Prompt, Stats, _context, _cut, _end_tokens
 from .protocol import Decoding
 
 #: Methods whose layers compute with rounded inputs or keep another library's weights: dense weights cannot stand for them.
@@ -81,7 +81,7 @@ class VllmGenerator:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.device = model.get_input_embeddings().weight.device
         self.away = (model, *beside) if self.device.type == "cuda" else ()
-        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 128)
+        self.batch_size = batch_size or BATCH["cpu" if self.device.type == "cpu" else "cuda"]
         self.stats = Stats()
         self.limit = _context(model.config.get_text_config())
         self.ends = _end_tokens(model, tokenizer)

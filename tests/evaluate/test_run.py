@@ -7,7 +7,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 from comptrust.actors.errors import BadInput, CellError
-from comptrust.actors.evaluate import TASKS, rescore_rows
+from comptrust.actors.evaluate import TASKS, rejudge
 from comptrust.actors.evaluate.config import EvaluationConfig
 from comptrust.actors.evaluate.data import load_pack
 from comptrust.actors.evaluate.run import check_evaluation, evaluate, plan_evaluation
@@ -69,7 +69,7 @@ def test_rows_fit_the_record_and_rescore_gives_the_same_metrics(dense):
     stored = [{**r, "target": json.loads(r["target"])} for r in pq.read_table(sink).to_pylist()]
     for name in DIMENSIONS:
         rows = [r for r in stored if r["dimension"] == name]
-        assert rescore_rows(name, rows, "smoke") == [m for m in dense.metrics if m.dimension == name]
+        assert TASKS[name].metrics(rejudge(name, rows), "smoke") == [m for m in dense.metrics if m.dimension == name]
 
 
 def test_finished_tasks_are_not_computed_again(tiny_model, tokenizer, dense, monkeypatch):

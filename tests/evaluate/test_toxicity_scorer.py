@@ -221,7 +221,7 @@ def test_ensemble_mean_and_agreement():
 def test_the_choice_reaches_the_rows_and_a_rescoring(monkeypatch):
     """The scorer is part of an item's target, so stored rows are judged by it again, whatever is chosen then."""
     from answers import play
-    from comptrust.actors.evaluate import rescore_rows
+    from comptrust.actors.evaluate import rejudge
     from comptrust.actors.evaluate.toxicity import TASK
 
     kind, coarse = Fixed("kind", {}), Fixed("coarse", {})
@@ -235,7 +235,7 @@ def test_the_choice_reaches_the_rows_and_a_rescoring(monkeypatch):
     finally:
         ts.use("builtin")
     assert {r["target"]["scorer"] for r in rows} == {"hub"}
-    metrics = rescore_rows("toxicity", rows, "smoke")
+    metrics = TASK.metrics(rejudge("toxicity", rows), "smoke")
     assert metrics == TASK.metrics(rows, "smoke")
     assert {m.scorer for m in metrics if m.metric == "score"} == {"kind+coarse"}
     agreement = {m.metric: m for m in metrics if m.metric.startswith("scorer_")}

@@ -21,7 +21,7 @@ def linear(format: str, *, bias=True, shape=(48, 64), dtype=torch.float32):
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_same_as_dense(format, bias):
     layer, kw = linear(format, bias=bias)
-    packed = CompressedLinear.from_linear(layer, format, **kw)
+    packed = CompressedLinear(pack(layer.weight, format, **kw), layer.bias)
     x = torch.randn(2, 3, 64)
     torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
     assert packed(x[:0]).shape == (0, 3, 48)
@@ -33,7 +33,7 @@ def test_same_as_dense(format, bias):
 
 def test_torch_compile_without_a_graph_break():
     layer, kw = linear("2:4+int4")
-    model = nn.Sequential(CompressedLinear.from_linear(layer, "2:4+int4", **kw), nn.ReLU())
+    model = nn.Sequential(CompressedLinear(pack(layer.weight, "2:4+int4", **kw), layer.bias), nn.ReLU())
     x = torch.randn(4, 64)
     want = nn.functional.relu(layer(x))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -44,7 +44,7 @@ def test_torch_compile_without_a_graph_break():
 def test_custom_op_is_sound():
     """torch's own checks: schema, fake against real, dynamic shapes."""
     layer, kw = linear("2:4")
-    m = CompressedLinear.from_linear(layer, "2:4", **kw)
+    m = CompressedLinear(pack(layer.weight, "2:4", **kw), layer.bias)
     tensors = [getattr(m, name) for name in m.names]
     args = (torch.randn(2, 3, 64), tensors, ",".join(m.names), "2:4", "rows", 48, 0, "auto")
     torch.library.opcheck(packed_matmul, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
@@ -52,9 +52,9 @@ def test_custom_op_is_sound():
 
 def test_state_dict_round_trip():
     layer, kw = linear("int4")
-    m = CompressedLinear.from_linear(layer, "int4", **kw)
+    m = CompressedLinear(pack(layer.weight, "int4", **kw), layer.bias)
     other, other_kw = linear("int4")
-    n = CompressedLinear.from_linear(other, "int4", **other_kw)
+    n = CompressedLinear(pack(other.weight, "int4", **other_kw), other.bias)
     n.load_state_dict(m.state_dict())
     x = torch.randn(2, 64)
     assert torch.equal(m(x), n(x))
@@ -62,7 +62,7 @@ def test_state_dict_round_trip():
 
 def test_dtype_conversion_is_refused():
     layer, kw = linear("2:4")
-    m = CompressedLinear.from_linear(layer, "2:4", **kw)
+    m = CompressedLinear(pack(layer.weight, "2:4", **kw), layer.bias)
     with pytest.raises(ValueError, match="keeps its dtype"):
         m.half()
 
@@ -106,7 +106,6 @@ def test_swapped_model_gives_the_logits_of_the_masked_one(format):
         (lambda m, p: swap(m, {"0": p}, backend="triton"), "cannot run here"),
         (lambda m, p: CompressedLinear(p, backend="sp24_mma"), "needs float16 or bfloat16"),
         (lambda m, p: CompressedLinear(p, backend="cuda"), "unknown backend 'cuda'"),
-        (lambda m, p: CompressedLinear.from_linear(nn.ReLU(), "2:4"), "needs an nn.Linear, got ReLU"),
     ],
 )
 def test_bad_input(change, message):

@@ -80,13 +80,28 @@ def test_the_same_cluster_serves_a_stopped_sweep_again(tiny, tmp_path, cluster):
     assert nodes_used(sweep) >= 2
 
 
+def test_a_job_that_sets_the_data_pack_joins_its_cluster(cluster, monkeypatch):
+    """As `ray job submit --runtime-env-json '{"env_vars": {"COMPTRUST_DATA": ...}}'` starts the driver."""
+    import ray
+    from comptrust.sweep.launch import connect
+
+    job = {"runtime_env": {"env_vars": {"COMPTRUST_DATA": "github"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    monkeypatch.setenv("COMPTRUST_DATA", "github")
+    connect(cluster.address)
+    try:
+        assert ray.get(ray.remote(lambda: os.environ["COMPTRUST_DATA"]).remote(), timeout=120) == "github"
+    finally:
+        ray.shutdown()
+
+
 def test_nodes_an_autoscaler_may_add_count(cluster):
     """Two CPU nodes, and groups as KubeRay reports them: their GPUs are used, and more than they can give is refused at once."""
     import ray
     from comptrust.actors.errors import BadInput
     from comptrust.sweep.config import load_config
     from comptrust.sweep.grid import expand
-    from comptrust.sweep.launch import check_room, need_of, room
+    from comptrust.sweep.launch import check_room, dtype_note, need_of, room
     from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
     from ray.core.generated.autoscaler_pb2 import ClusterConfig
     from ray.experimental.internal_kv import _internal_kv_put
@@ -98,6 +113,7 @@ def test_nodes_an_autoscaler_may_add_count(cluster):
         (model,) = grid.need
         needs = {model: need_of(config, model, grid, room())}
         assert needs[model].gpus == 0 and check_room(config, needs, room()) == 2
+        assert dtype_note(config, needs) is None
 
         groups = ClusterConfig()
         groups.node_group_configs.add(name="gpu", min_count=0, max_count=4, resources={"CPU": 16, "GPU": 2})
@@ -107,6 +123,7 @@ def test_nodes_an_autoscaler_may_add_count(cluster):
         assert len(room()) == 6
         needs = {model: need_of(config, model, grid, room())}
         assert needs[model].gpus == 1 and check_room(config, needs, room()) == 8
+        assert "compute in float32" in dtype_note(config, needs)
         wide = config.model_copy(update={"resources": config.resources.model_copy(update={"gpus": 4})})
         with pytest.raises(BadInput, match=r"needs 4 GPUs.*largest: 2 GPUs"):
             check_room(wide, {model: need_of(wide, model, grid, room())}, room())
