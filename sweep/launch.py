@@ -632,7 +632,7 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         try:
             ray.get(handle.ready.remote())  # a node that has yet to come is no time of the cell
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
-            if not dense and ray.get(broker.wait_dense.remote(model)) == "queued":
+            if not dense and ray.get(broker.wait_dense.remote(number, model)) == "queued":
                 # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
                 ray.get(broker.release.remote(number, model))
                 time.sleep(0.5)

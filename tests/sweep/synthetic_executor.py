@@ -41,6 +41,7 @@ class Synthetic:
         self.started = datetime.now(UTC)
         if self.model != cell.model:
             self._log("load", cell)
+            self.progress("load model", 2, 2)
             self.model = cell.model
 
     def evaluate(self, cell: Cell, attempt: int = 1, batch_scale: float = 1.0) -> dict[str, Any]:

@@ -222,6 +222,20 @@ def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path
     assert len(holds) == 2
 
 
+def test_a_prepared_cell_says_that_it_waits_for_the_dense_one(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 12, resources={"workers": 2})
+    driver = sweep.start()
+    sweep.wait_for("start", 1)
+    seen: set[str] = set()
+    while "waiting for dense" not in seen and driver.poll() is None and len(sweep.lines()) < 5:
+        state = status(str(sweep.results))["sweeps"][0]
+        seen |= {w["stage"] for w in state["workers"]}
+        time.sleep(0.2)
+    driver.kill()
+    driver.communicate()
+    assert "waiting for dense" in seen
+
+
 def test_two_dtypes_of_a_model_have_a_dense_cell_each(tiny, tmp_path):
     """One dense cell done lets no cell of the other dtype begin, and the other's still comes first."""
     sweep = Sweep(tiny, tmp_path, 0.5)

@@ -29,7 +29,7 @@ def test_a_withdrawn_dense_cell_gets_the_worker_of_a_cell_that_waits_for_it(monk
         again = asyncio.create_task(pool.acquire("dense", "m", True, need))
         await asyncio.sleep(0)
         assert not again.done() and len(pool.slots) == 2
-        assert await pool.wait_dense("m") == "queued"  # what makes a waiting cell give its worker back
+        assert await pool.wait_dense(workers[0], "m") == "queued"  # what makes a waiting cell give its worker back
         await pool.release(workers[0], "m")
         assert (await asyncio.wait_for(again, 2))[0] == workers[0]
         # Later there may be room again.
