@@ -113,6 +113,19 @@ def test_foreign_files_disturb_nothing(record):
     assert results.ignored == ["cells/other.parquet"]
 
 
+def test_a_query_writes_nothing(record):
+    """The folder that it may read from is the record's own."""
+    commit(record, "k1")
+    results = load_results(record.uri)
+    part = Path(record.root, "cells", "k1.parquet")
+    before = part.read_bytes()
+    for sql in ("copy (select 1 as x) to '{}'", "select 1; copy (select 1) to '{}'", "explain analyze copy (select 1) to '{}'"):
+        with pytest.raises(BadInput, match="read-only"):
+            results.sql(sql.format(part))
+    assert part.read_bytes() == before
+    assert results.rows("pivot (select model, method from cells) on method using count(*)") == [{"model": "m", "rtn": 1}]
+
+
 def test_foreign_files_disturb_no_folder(record):
     commit(record, "k1")
     record.fail(cell("k2", error="no", error_type="CellError"))
