@@ -13,6 +13,7 @@ from comptrust.actors.record import CELLS, Record, to_table
 from comptrust.sweep.cli import Format, query
 from comptrust.sweep.results import compact, load_results
 from comptrust.sweep.status import status
+from sweeps import comptrust
 
 
 def cell(key: str, **more) -> dict:
@@ -78,6 +79,25 @@ def test_without_the_mark_nothing_is_there(record, upto):
     assert record.done() == {"k0"}
     for table in ("cells", "metrics", "items", "layers", "results"):
         assert {r["key"] for r in results.rows(f"select key from {table}")} == {"k0"}, table
+
+
+def test_a_store_that_deletes_nothing_costs_no_cell(record, monkeypatch):
+    """A bucket without s3:DeleteObject: the cell stood there and was called failed."""
+
+    def refuse(path: str) -> None:
+        raise OSError("AWS Error ACCESS_DENIED during DeleteObjects operation")
+
+    monkeypatch.setattr(record, "delete_dir", refuse)
+    commit(record, "k1")
+    assert record.done() == {"k1"}
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(record):
+    Path(record.root).mkdir()
+    Path(record.root, "sweeps").write_text("no folder")
+    done = comptrust("status", record.root)
+    assert done.returncode == 1 and done.stderr.startswith("failed: NotADirectoryError: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_commit_replaces_and_never_appends(record):
