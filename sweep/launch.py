@@ -373,12 +373,12 @@ def room() -> list[dict[str, float]]:
 
 
 def need_of(config: SweepConfig, model: str, grid: Grid, nodes: list[dict[str, float]]) -> Need:
-    """Resources of a cell of ``model`` (its ``held``). Without a GPU: CPU workers, a little under whole CPUs: coordinators fit beside."""
+    """Resources of a cell of ``model`` (its ``held``). Without a GPU: CPU workers."""
     own, common = grid.need[model], config.resources
     have = any(n.get("GPU") for n in nodes)
     gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
     memory = own.memory_gb or common.memory_gb
-    return Need(gpus, common.cpus if gpus else common.cpus - 0.1, int((memory or 0) * 1e9), common.cpus)
+    return Need(gpus, common.cpus, int((memory or 0) * 1e9))
 
 
 def check_room(config: SweepConfig, needs: dict[str, Need], nodes: list[dict[str, float]]) -> int:
@@ -388,7 +388,7 @@ def check_room(config: SweepConfig, needs: dict[str, Need], nodes: list[dict[str
         if not any(_fits(need, n) for n in nodes):
             most = {k: max((n.get(k, 0) for n in nodes), default=0) for k in ("GPU", "CPU", "memory")}
             raise BadInput(
-                f"a cell of {model!r} needs {need.gpus:g} GPUs, {need.threads} CPUs and {need.memory / 1e9:g} GB; no node has that"
+                f"a cell of {model!r} needs {need.gpus:g} GPUs, {need.cpus} CPUs and {need.memory / 1e9:g} GB; no node has that"
                 f" (largest: {most['GPU']:g} GPUs, {most['CPU']:g} CPUs, {most['memory'] / 1e9:.3g} GB)",
                 where="resources",
                 fix="Lower resources.gpus, cpus or memory_gb, or join a larger cluster with --address.",
@@ -413,15 +413,18 @@ def _times(need: Need, have: dict[str, float]) -> int:
 
 
 def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record: str, scratch: str) -> None:
-    """Tune enumerates; a trial costs a small CPU share and a reused process."""
+    """Tune enumerates; a trial costs a reused process, and no CPU: a head node may have none, and workers may take all there are."""
     trials = batches(cells, MAX_TRIALS)
     import ray
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # On the driver's own node: a coordinator that dies with some other node would leave its worker without an owner.
-    here = [{"ray.io/node-id": ray.get_runtime_context().get_node_id()}]
-    trainable = tune.with_resources(_trainable(), tune.PlacementGroupFactory([{"CPU": 0.01}], bundle_label_selector=here))
+    here = ray.get_runtime_context().get_node_id()
+    have = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == here)
+    share = {r: 0.0001 for r in have if r.startswith("node:") and r != "node:__internal_head__"}  # every node has 1 of its own
+    trial = tune.PlacementGroupFactory([share], bundle_label_selector=[{"ray.io/node-id": here}])
+    trainable = tune.with_resources(_trainable(), trial)
     timeout, attempts = config.resources.timeout_s, config.resources.attempts
     tuner = tune.Tuner(
         trainable,
@@ -532,7 +535,7 @@ class PoolActor(Pool):
 
         me = ray.get_runtime_context().current_actor
         options: dict[str, Any] = {"memory": need.memory} if need.memory else {}
-        env = {"OMP_NUM_THREADS": str(need.threads), "TOKENIZERS_PARALLELISM": "false"}
+        env = {"OMP_NUM_THREADS": str(need.cpus), "TOKENIZERS_PARALLELISM": "false"}
         return (
             ray.remote(RayWorker)
             .options(

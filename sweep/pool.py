@@ -31,9 +31,8 @@ class Need:
     """Resources of one cell, as Ray counts them."""
 
     gpus: float = 0
-    cpus: float = 1
+    cpus: int = 1
     memory: int = 0  # bytes, 0: none reserved
-    threads: int = 1
 
 
 @dataclass

@@ -114,6 +114,24 @@ def test_nodes_an_autoscaler_may_add_count(cluster):
         ray.shutdown()
 
 
+@pytest.mark.parametrize(("head", "cpus"), [({"num_cpus": 0}, 1), ({"num_cpus": 2, "num_gpus": 1}, 2)])
+def test_coordinators_need_no_cpu(tiny, tmp_path, monkeypatch, head, cpus):
+    """A head node without CPUs, as KubeRay advises, beside one that computes; and a cell that takes all CPUs of the only node."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("SYNTHETIC_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    made = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
+    try:
+        if not head["num_cpus"]:
+            made.add_node(num_cpus=1)
+        sweep = OnCluster(tiny, tmp_path, made.address, 0.0, resources={"cpus": cpus})
+        code, outcome, err = sweep.finish(timeout=90)
+        assert code == 0 and outcome["done"] == CELLS, err
+    finally:
+        made.shutdown()
+
+
 @pytest.fixture
 def apart(tmp_path, monkeypatch, bucket):
     """Two nodes without a common disk: the second sees an empty file system where the first has cache and working folder."""
