@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -329,7 +330,9 @@ def connect(address: str | None) -> None:
         return
     if target != "auto":
         _reachable(target)
-    env = {k: os.environ[k] for k in ("COMPTRUST_DATA",) if k in os.environ}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    given = job.get("env_vars") or {}  # of `ray job submit`: what it sets for all nodes must not be set again
+    env = {k: os.environ[k] for k in ("COMPTRUST_DATA",) if k in os.environ and k not in given}
     try:
         ray.init(target, runtime_env={"env_vars": env} if env else None, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as e:

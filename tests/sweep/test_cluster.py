@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from comptrust.actors.record import Record
 from comptrust.sweep.results import load_results
 from ruamel.yaml import YAML
-from sweeps import sweep_dict
+from sweeps import comptrust, sweep_dict
 from test_faults import CELLS, Sweep
 
 HERE = Path(__file__).parent
@@ -183,7 +184,10 @@ def test_a_worker_without_room_gives_its_cell_up(tiny, tmp_path, cluster):
 
 
 def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):
-    """Its entrypoint, with the sweep and place of this test, on the two-raylet cluster; versions as installed."""
+    """Its entrypoint, with the sweep and place of this test, on the two-raylet cluster; versions as installed.
+
+    As a job whose runtime environment names the data for all nodes: `ray job submit --runtime-env-json '{"env_vars": ...}'`.
+    """
     job = YAML(typ="safe").load((CLUSTER / "rayjob.yaml").read_text())
     assert job["kind"] == "RayJob" and job["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
     words = job["spec"]["entrypoint"].split()
@@ -195,7 +199,10 @@ def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):
     words[2] = str(sweep)
     words[words.index("--results") + 1] = str(tmp_path / "results")
     words[words.index("--address") + 1] = cluster.address
-    done = subprocess.run([sys.executable, "-m", "comptrust.sweep", *words[1:]], capture_output=True, text=True, timeout=240)
+    data = {"COMPTRUST_DATA": os.environ.get("COMPTRUST_DATA", "")}
+    done = comptrust(
+        *words[1:], **data, RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps({"runtime_env": {"env_vars": data}, "metadata": {}})
+    )
     assert done.returncode == 0, done.stderr
     assert load_results(tmp_path / "results").rows("select count(*) n from results") == [{"n": 2}]
 
