@@ -257,7 +257,7 @@ def _launch(
         outcome.sweep = identity = register(record, config, grid)  # not before: what no node can run leaves no trace
         run = uuid.uuid4().hex[:6]
         worker_config = WorkerConfig(
-            record=config.results if "://" in config.results else record.root,
+            record=record.address,
             evaluation=config.evaluation.model_dump(mode="json"),
             threads=config.resources.cpus,
             cache_gb=config.resources.cache_gb,
@@ -286,7 +286,7 @@ def _launch(
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
 
-            sink = start_sink(config, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
+            sink = start_sink(config, record, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
         watcher = threading.Thread(
             target=_watch,
             args=(pool, sink, record, identity, outcome, view, stop),
