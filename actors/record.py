@@ -90,6 +90,10 @@ class Record:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute())
         except (pa.ArrowInvalid, OSError) as e:
             raise BadInput(f"cannot open {self.uri!r}: {e}", where="results", fix="Give a folder, s3://... or gs://...") from e
+        if not self.uri.strip() or (not self.root.strip("/") and "://" in self.uri):  # a variable of a script that is not set
+            raise BadInput(
+                f"{self.uri!r} names no place", where="results", fix="Give a folder, s3://BUCKET... or gs://BUCKET..."
+            )
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
         #: What names this record from any working folder.
         self.address = self.uri if "://" in self.uri else self.root

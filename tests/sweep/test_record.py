@@ -100,6 +100,13 @@ def test_a_folder_that_cannot_be_listed_is_one_line(record):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("uri", ["", " ", "s3://", "gs://", "file:///"])
+def test_an_address_without_a_place_is_bad_input(uri):
+    """`--results "$PLACE"` and `s3://$BUCKET` of a script whose variable is not set: the working folder, a traceback, a hang."""
+    with pytest.raises(BadInput, match="results: "):
+        Record(uri)
+
+
 def test_commit_replaces_and_never_appends(record):
     commit(record, "k1", 50.0)
     commit(record, "k1", 60.0)
