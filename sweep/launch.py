@@ -621,6 +621,12 @@ def _trainable() -> Any:
     return Coordinator
 
 
+def why_dead(error: Exception) -> str:
+    """The first line of Ray's message; of an error in the worker's start also the last one, which names it."""
+    lines = str(error).strip().splitlines()
+    return f"{lines[0].partition(',')[0]}: {lines[-1].strip()}" if "creation task" in lines[0] else lines[0]
+
+
 def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attempts: int) -> None:
     """Get a worker, prepare, wait for the dense reference, evaluate; retry by cause (node or worker death elsewhere, memory smaller)."""
     import ray
@@ -637,15 +643,17 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         start, died, lost, row = datetime.now(UTC), None, None, {}
         try:
             ray.get(handle.ready.remote())  # a node that has yet to come is no time of the cell
+            begun = time.monotonic()
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
+            left = timeout_s and max(0.0, timeout_s - (time.monotonic() - begun))
             if not dense and ray.get(broker.wait_dense.remote(number, model)) == "queued":
                 # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
                 ray.get(broker.release.remote(number, model))
                 time.sleep(0.5)
                 continue
-            row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=timeout_s)
+            row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=left)
         except (RayActorError, RaySystemError) as e:
-            died, lost = "dead", ("WorkerDied", str(e).strip().splitlines()[0])
+            died, lost = "dead", ("WorkerDied", why_dead(e))
         except GetTimeoutError:
             died, lost = "retire", ("Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
         except RayTaskError as e:  # beyond what a worker records by itself: a full disk, above all

@@ -23,6 +23,11 @@ class Logged(Worker):
         super().prepare(cell)
 
 
+class Unstartable(Worker):
+    def __init__(self, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cache")
+
+
 class Synthetic:
     """Like ``Worker``. ``SYNTHETIC_LOG``: a file that gets a line a start and a commit; ``SYNTHETIC_SLEEP``: seconds a cell."""
 
@@ -92,3 +97,11 @@ class Synthetic:
         self.record.commit(row, metrics, items, [{"layer": "l", "error": 0.1, "sparsity": 0.0, "bits": 4.0}])
         self._log("done", cell)
         return {**row, "metrics": metrics}
+
+
+class Slow(Synthetic):
+    """Takes its time for both steps."""
+
+    def prepare(self, cell: Cell) -> None:
+        time.sleep(self.sleep)
+        super().prepare(cell)

@@ -182,6 +182,27 @@ def test_a_bad_cell_is_a_row_and_the_sweep_goes_on(tiny, tmp_path):
     assert state["failures"][0]["error"] == "bad cell"
 
 
+def test_a_worker_that_cannot_start_says_why(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 0.0, methods=[], resources={"attempts": 2})
+    sweep.env["EXECUTOR"] = "Unstartable"
+    code, outcome, err = sweep.finish()
+    assert code == 1 and outcome["failed"] == 1, err
+    (failed,) = load_results(sweep.results).rows("select * from failed")
+    assert (failed["error_type"], failed["attempts"]) == ("WorkerDied", 2)
+    assert failed["error"].endswith("PermissionError: [Errno 13] Permission denied: '/home/nobody/.cache'")
+    assert "\x1b" not in failed["error"] and "\n" not in failed["error"]
+
+
+def test_the_time_limit_is_that_of_the_whole_cell(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 4, methods=[], resources={"timeout_s": 6})
+    sweep.env["EXECUTOR"] = "Slow"
+    code, _, err = sweep.finish()
+    assert code == 1, err
+    assert load_results(sweep.results).rows("select error_type, attempts from failed") == [
+        {"error_type": "Timeout", "attempts": 1}
+    ]
+
+
 def test_a_damaged_part_is_computed_again(tiny, tmp_path):
     sweep = Sweep(tiny, tmp_path, 0.0)
     assert sweep.finish()[0] == 0
