@@ -472,14 +472,14 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
                     f"progress/{identity}.json", {**state, "ended": ended, "updated": datetime.now(UTC).isoformat()}
                 )
 
-    wrote, heard, here = 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
+    rows, wrote, heard, here = 0, 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
     if outcome.done and view.console.is_terminal:  # the live frontier counts cells of earlier runs too
         known = load_results(record.uri).rows("select key, size_bytes, trust, perplexity from results where status = 'done'")
         view.add_points(known)
     while True:
         last = stop.is_set()
         try:
-            snap = ray.get(pool.snapshot.remote(), timeout=20)
+            snap = ray.get(pool.snapshot.remote(rows), timeout=20)
             heard = time.monotonic()
         except Exception as e:  # the cluster is going down: the sweep's own end reports it
             log.debug("no snapshot: %s", e)
@@ -490,6 +490,7 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
                 return write(ended=True)
             stop.wait(1)
             continue
+        rows += len(snap["finished"])
         for row in snap["finished"]:
             outcome.done += row["status"] == "done"
             outcome.failed += row["status"] == "failed"

@@ -83,6 +83,7 @@ class Pool:
         self.dense_changed = asyncio.Event()
         self.states: dict[str, str] = {}
         self.finished: list[dict[str, Any]] = []
+        self.told = 0  # rows that have left ``finished``
         self.loads = 0
         self.withdrawn: set[int] = set()  # workers ended before they started
         self.no_room: dict[Need, float] = {}  # when such a worker was last withdrawn
@@ -154,13 +155,14 @@ class Pool:
         if (slot := self.slots.get(worker)) and not slot.waits:
             slot.stage, slot.done, slot.total = stage, done, total
 
-    async def snapshot(self) -> dict[str, Any]:
-        """What the live view shows; drains the finished rows."""
+    async def snapshot(self, heard: int) -> dict[str, Any]:
+        """What the live view shows; the finished rows but the first ``heard``, which are let go: an answer may get lost."""
         self._schedule()
-        rows, self.finished = self.finished, []
+        del self.finished[: max(0, heard - self.told)]
+        self.told = max(heard, self.told)
         return {
             "states": dict(Counter(self.states.values())),
-            "finished": rows,
+            "finished": list(self.finished),
             "loads": self.loads,
             "workers": [
                 {
