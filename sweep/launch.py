@@ -244,12 +244,13 @@ def _launch(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    joined = ray.is_initialized()  # the caller's own Ray, which goes on after us
     with view.stage("starting Ray"):
         connect(address)
         _catch_sigterm()
     scratch = tempfile.mkdtemp(prefix="comptrust-tune-")
     stop = threading.Event()
-    sink = watcher = None
+    sink = watcher = pool = None
     try:
         nodes = room()
         needs = {m: need_of(config, m, grid, nodes) for m in grid.need}
@@ -305,7 +306,10 @@ def _launch(
             sink.finish(outcome)
         view.close()
         with contextlib.suppress(KeyboardInterrupt):
-            ray.shutdown()
+            if not joined:
+                ray.shutdown()
+            elif pool is not None:
+                ray.kill(pool)  # its workers end with it
         shutil.rmtree(scratch, ignore_errors=True)
 
 

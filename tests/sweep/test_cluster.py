@@ -81,6 +81,25 @@ def test_the_same_cluster_serves_a_stopped_sweep_again(tiny, tmp_path, cluster):
     assert nodes_used(sweep) >= 2
 
 
+def test_the_callers_own_ray_goes_on(tiny, tmp_path, cluster):
+    """Its objects stay, and it gets every CPU back."""
+    import ray
+    from comptrust.sweep.launch import run_sweep
+
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        mine = ray.put("mine")
+        config = sweep_dict([tiny], tmp_path / "results", methods=[])
+        assert run_sweep(config, executor="synthetic_executor:Synthetic").exit_code == 0
+        assert ray.get(mine) == "mine"
+        end = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != 2:
+            assert time.monotonic() < end, ray.available_resources()
+            time.sleep(0.2)
+    finally:
+        ray.shutdown()
+
+
 def test_nodes_an_autoscaler_may_add_count(cluster):
     """Two CPU nodes, and groups as KubeRay reports them: their GPUs are used, and more than they can give is refused at once."""
     import ray
