@@ -287,6 +287,7 @@ def _launch(
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
 
+                identity,
             sink = start_sink(config, record, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
         watcher = threading.Thread(
             target=_watch,
@@ -530,10 +531,10 @@ class PoolActor(Pool):
     """The pool as a Ray actor; makes workers as actors of its own, so that they end with it."""
 
     def __init__(
-        self, name: str, cells: list[dict[str, Any]], needs: dict[str, Need], limit: int, config: WorkerConfig, executor: str,
-        max_failures: int,
+        self, name: str, sweep: str, cells: list[dict[str, Any]], needs: dict[str, Need], limit: int, config: WorkerConfig,
+        executor: str, max_failures: int,
     ) -> None:  # fmt: skip
-        self.name, self.needs, self.config, self.executor = name, needs, config, executor
+        self.sweep, self.name, self.needs, self.config, self.executor = sweep, name, needs, config, executor
         self.max_failures, self.failures = max_failures, 0
         self.cells = {c.key: c for c in (Cell(**d) for d in cells)}
         super().__init__(self._make, [(c.key, held(c), c.method == "dense") for c in self.cells.values()], limit)
@@ -553,7 +554,7 @@ class PoolActor(Pool):
                 runtime_env={"env_vars": env},
                 **options,
             )
-            .remote(self.config, self.executor, me, number)
+            .remote(self.config, self.executor, me, number, self.sweep)
         )
 
     async def take(self, key: str) -> tuple[Cell, int, Any] | None:
@@ -575,10 +576,10 @@ class PoolActor(Pool):
 class RayWorker:
     """A worker behind Ray: reports progress to the pool, at most four times a second."""
 
-    def __init__(self, config: WorkerConfig, executor: str, pool: Any, number: int) -> None:
+    def __init__(self, config: WorkerConfig, executor: str, pool: Any, number: int, sweep: str) -> None:
         from importlib import import_module
 
-        self.pool, self.number, self.last = pool, number, 0.0
+        self.pool, self.number, self.sweep, self.last = pool, number, sweep, 0.0
         module, _, name = executor.partition(":")
         self.worker = getattr(import_module(module), name)(config, self._progress)
         self.record = Record(config.record)
@@ -590,7 +591,12 @@ class RayWorker:
             self.pool.progress.remote(self.number, stage, done, total)
 
     def ready(self) -> None:
-        """Answers once some node has room for this worker."""
+        """Answers once some node has room for this worker; ``BadInput`` where the record is not the driver's."""
+        if f"sweeps/{self.sweep}.json" not in self.record.list("sweeps", ".json"):
+            raise BadInput(
+                f"{self.record.uri!r} on {socket.gethostname()} is not the driver's folder", where="results",
+                fix="Give a folder that all nodes share, s3://... or gs://...",
+            )  # fmt: skip
         self._progress("preparing", 1, 1)
 
     # A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row.

@@ -194,6 +194,16 @@ def test_two_nodes_that_share_no_disk(tiny, tmp_path, apart, bucket):
 
 
 @pytest.mark.slow
+def test_a_folder_that_is_another_one_elsewhere_holds_no_cell_that_counts(tiny, tmp_path, apart):
+    """A folder on each node's own disk: what the second node would write there nobody would find, and the sweep said "done"."""
+    sweep = OnCluster(tiny, tmp_path, apart.address, resources={"workers": 2})
+    sweep.results = tmp_path / "place" / "results"
+    code, outcome, err = sweep.finish(timeout=500)
+    assert code == 1 and "is not the driver's folder" in err, err
+    assert outcome["done"] == len(Record(sweep.results).done()) and outcome["failed"] == CELLS - outcome["done"]
+
+
+@pytest.mark.slow
 def test_a_worker_without_room_gives_its_cell_up(tiny, tmp_path, cluster):
     """Four workers asked for, room for two: the cells of the others are computed, and it costs them no attempt."""
     sweep = OnCluster(tiny, tmp_path, cluster.address, 0.2, resources={"workers": 4, "attempts": 1})
