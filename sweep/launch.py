@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..actors.actor import WorkerConfig, cell_row
+from ..actors.actor import WorkerConfig, cell_row, dense_of
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.record import Record
@@ -98,6 +98,7 @@ def run_sweep(
         with view.stage("planning"):
             grid = expand(config, view.progress)
             done = record.done()
+            done -= unreferenced(record, [c for c in grid.cells if c.key not in done], done)
         todo = [c for c in grid.cells if c.key not in done]
         view.plan(config, grid, len(grid.cells) - len(todo))
         outcome = Outcome(
@@ -145,6 +146,16 @@ def _check_wandb(config: SweepConfig) -> None:
             where="wandb.mode",
             fix="Run `wandb login`, set WANDB_API_KEY, or use offline.",
         )
+
+
+def unreferenced(record: Record, todo: list[Cell], done: set[str]) -> set[str]:
+    """Dense cells that are done and whose reference was removed since, while cells to do are compared with it."""
+    dense = {dense_of(c).key for c in todo} & done
+    return {k for k in dense if not referenced(record, k)}
+
+
+def referenced(record: Record, dense: str) -> bool:
+    return f"reference/{dense}.safetensors" in record.list("reference", ".safetensors")
 
 
 def register(record: Record, config: SweepConfig, grid: Grid) -> str:
@@ -276,6 +287,7 @@ def _launch(
             )
             .remote(
                 f"comptrust-{identity}-{run}",
+                identity,
                 [c.model_dump(mode="json") for c in ordered],
                 needs,
                 workers,
@@ -287,7 +299,6 @@ def _launch(
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
 
-                identity,
             sink = start_sink(config, record, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
         watcher = threading.Thread(
             target=_watch,
@@ -599,14 +610,17 @@ class RayWorker:
             )  # fmt: skip
         self._progress("preparing", 1, 1)
 
-    # A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row.
+    def _committed(self, cell: Cell) -> dict[str, Any] | None:
+        """A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row."""
+        row = self.record.committed(cell.key)
+        return row if row is None or cell.method != "dense" or referenced(self.record, cell.key) else None
 
     def prepare(self, cell: Cell) -> None:
-        if self.record.committed(cell.key) is None:
+        if self._committed(cell) is None:
             self.worker.prepare(cell)
 
     def evaluate(self, cell: Cell, attempt: int, batch_scale: float) -> dict[str, Any]:
-        return self.record.committed(cell.key) or self.worker.evaluate(cell, attempt, batch_scale)
+        return self._committed(cell) or self.worker.evaluate(cell, attempt, batch_scale)
 
 
 def _trainable() -> Any:

@@ -216,6 +216,22 @@ def test_a_damaged_part_is_computed_again(tiny, tmp_path):
     assert starts[key] == 2 and sum(starts.values()) == CELLS + 1
 
 
+def test_a_dense_cell_without_its_reference_is_computed_again_for_new_cells_only(tiny, tmp_path):
+    """References are large and get deleted; what was computed without one would lack its divergence for good."""
+    sweep = Sweep(tiny, tmp_path, 0.0, methods=[])
+    assert sweep.finish()[0] == 0
+    (dense,) = Record(sweep.results).done()
+    reference = sweep.results / "reference" / f"{dense}.safetensors"
+    reference.unlink()
+    assert sweep.finish()[0] == 0 and len([w for w, *_ in sweep.lines() if w == "start"]) == 1
+    sweep.yaml.write_text(
+        json.dumps(sweep_dict([tiny], sweep.results, methods=[{"method": "rtn", "bits": 4, "group_size": 32}]))
+    )
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == 2 and reference.exists(), err
+    assert [key for word, key, *_ in sweep.lines() if word == "start"][:2] == [dense, dense]
+
+
 def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path):
     """Two models, two workers: a worker loads another model only once its own is finished or does not come."""
     sweep = Sweep(tiny_pair[0], tmp_path, 0.2)
