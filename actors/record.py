@@ -90,7 +90,13 @@ class Record:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute())
         except (pa.ArrowInvalid, OSError) as e:
             raise BadInput(f"cannot open {self.uri!r}: {e}", where="results", fix="Give a folder, s3://... or gs://...") from e
+        if not self.uri.strip() or (not self.root.strip("/") and "://" in self.uri):  # a variable of a script that is not set
+            raise BadInput(
+                f"{self.uri!r} names no place", where="results", fix="Give a folder, s3://BUCKET... or gs://BUCKET..."
+            )
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
+        #: What names this record from any working folder.
+        self.address = self.uri if "://" in self.uri else self.root
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +141,8 @@ class Record:
         for name, rows in (("layers", layers), ("items", items), ("metrics", metrics)):
             self.put_table(f"{name}/{key}.parquet", to_table(name, [{**r, "key": key} for r in rows]))
         self.put_table(f"cells/{key}.parquet", to_table("cells", [cell]))
-        self.delete_dir(f"partial/{key}")
+        with contextlib.suppress(OSError):  # no right to delete: the cell is there all the same
+            self.delete_dir(f"partial/{key}")
 
     def fail(self, cell: Mapping[str, Any]) -> None:
         """A failed attempt: a row with ``error_type``, ``error``, ``attempts``; never causes a skip."""

@@ -472,3 +472,6 @@ def main() -> None:
     except CellError as e:
         print(f"failed: {e}", file=sys.stderr)
         sys.exit(1)
+    except OSError as e:  # a store that begins to refuse, a full disk
+        print(f"failed: {type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(1)

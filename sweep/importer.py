@@ -133,7 +133,12 @@ def _read(file: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot read: {e}", where=str(file), fix="Give a UTF-8 CSV file.") from e
     reader = csv.DictReader(text.splitlines())
-    for row in reader:
+    while True:
+        try:
+            if (row := next(reader, None)) is None:
+                return
+        except csv.Error as e:  # a quotation mark that nobody closes swallows the rest of the file
+            raise BadInput(f"no CSV: {e}", where=f"{file}:{reader.line_num}", fix="Close its quotation marks.") from e
         if None in row or None in row.values():
             raise BadInput(
                 f"has {'more' if None in row else 'fewer'} columns than the header", where=f"{file}:{reader.line_num}"
@@ -189,7 +194,7 @@ def parameters_of(name: str) -> int | None:
 
 def _pattern(text: str) -> tuple[str, float] | None:
     """``2to4`` or ``2:4`` or ``24`` -> ("2:4", sparsity 0.5)."""
-    found = re.search(r"(?<!\d)(\d)(?:to|:)?(\d)(?!\d)", text)
+    found = re.search(r"(?<!\d)([1-9])(?:to|:)?([1-9])(?!\d)", text)
     return (f"{found[1]}:{found[2]}", 1 - int(found[1]) / int(found[2])) if found else None
 
 
@@ -207,7 +212,7 @@ def _sheet_row(where: str, row: Mapping[str, str]) -> _Row:
     bits, share = _number(where, row, "Sparsity/bits"), None
     if bits is not None and method in PRUNED and 0 < bits < 1:  # the column holds either
         bits, share = None, bits
-    elif bits is not None and (bits < 1 or not bits.is_integer()):
+    elif bits is not None and (not 1 <= bits <= 64 or not bits.is_integer()):
         raise BadInput(f"Sparsity/bits is {bits:g}: no number of bits, and {method} has no sparsity", where=where)
     named_bits = re.search(r"(\d+)bit", name)
     if bits is None and named_bits:

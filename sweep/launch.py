@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -26,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..actors.actor import WorkerConfig, cell_row
+from ..actors.actor import WorkerConfig, cell_row, dense_of
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
 from ..actors.models import default_dtype
@@ -98,6 +99,7 @@ def run_sweep(
         with view.stage("planning"):
             grid = expand(config, view.progress)
             done = record.done()
+            done -= unreferenced(record, [c for c in grid.cells if c.key not in done], done)
         todo = [c for c in grid.cells if c.key not in done]
         view.plan(config, grid, len(grid.cells) - len(todo))
         outcome = Outcome(
@@ -145,6 +147,16 @@ def _check_wandb(config: SweepConfig) -> None:
             where="wandb.mode",
             fix="Run `wandb login`, set WANDB_API_KEY, or use offline.",
         )
+
+
+def unreferenced(record: Record, todo: list[Cell], done: set[str]) -> set[str]:
+    """Dense cells that are done and whose reference was removed since, while cells to do are compared with it."""
+    dense = {dense_of(c).key for c in todo} & done
+    return {k for k in dense if not referenced(record, k)}
+
+
+def referenced(record: Record, dense: str) -> bool:
+    return f"reference/{dense}.safetensors" in record.list("reference", ".safetensors")
 
 
 def register(record: Record, config: SweepConfig, grid: Grid) -> str:
@@ -244,12 +256,13 @@ def _launch(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    joined = ray.is_initialized()  # the caller's own Ray, which goes on after us
     with view.stage("starting Ray"):
         connect(address)
         _catch_sigterm()
     scratch = tempfile.mkdtemp(prefix="comptrust-tune-")
     stop = threading.Event()
-    sink = watcher = None
+    sink = watcher = pool = None
     try:
         nodes = room()
         needs = {m: need_of(config, m, grid, nodes) for m in grid.need}
@@ -259,7 +272,7 @@ def _launch(
         outcome.sweep = identity = register(record, config, grid)  # not before: what no node can run leaves no trace
         run = uuid.uuid4().hex[:6]
         worker_config = WorkerConfig(
-            record=config.results if "://" in config.results else record.root,
+            record=record.address,
             evaluation=config.evaluation.model_dump(mode="json"),
             threads=config.resources.cpus,
             cache_gb=config.resources.cache_gb,
@@ -277,6 +290,7 @@ def _launch(
             )
             .remote(
                 f"comptrust-{identity}-{run}",
+                identity,
                 [c.model_dump(mode="json") for c in ordered],
                 needs,
                 workers,
@@ -288,7 +302,7 @@ def _launch(
         if config.wandb.mode != "disabled":
             from .wandb_sink import start_sink
 
-            sink = start_sink(config, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
+            sink = start_sink(config, record, identity, grid.keys, f"comptrust-{identity}-{run}-sink", view.say)
         watcher = threading.Thread(
             target=_watch,
             args=(pool, sink, record, identity, outcome, view, stop),
@@ -307,7 +321,10 @@ def _launch(
             sink.finish(outcome)
         view.close()
         with contextlib.suppress(KeyboardInterrupt):
-            ray.shutdown()
+            if not joined:
+                ray.shutdown()
+            elif pool is not None:
+                ray.kill(pool)  # its workers end with it
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -332,9 +349,9 @@ def connect(address: str | None) -> None:
         return
     if target != "auto":
         _reachable(target)
-    env = {k: os.environ[k] for k in ("COMPTRUST_DATA",) if k in os.environ}
-    # Else Ray refuses a variable that `ray job submit` has set already.
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    given = job.get("env_vars") or {}  # of `ray job submit`: what it sets for all nodes must not be set again
+    env = {k: os.environ[k] for k in ("COMPTRUST_DATA",) if k in os.environ and k not in given}
     try:
         ray.init(target, runtime_env={"env_vars": env} if env else None, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as e:
@@ -378,12 +395,12 @@ def room() -> list[dict[str, float]]:
 
 
 def need_of(config: SweepConfig, model: str, grid: Grid, nodes: list[dict[str, float]]) -> Need:
-    """Resources of a cell of ``model`` (its ``held``). Without a GPU: CPU workers, a little under whole CPUs: coordinators fit beside."""
+    """Resources of a cell of ``model`` (its ``held``). Without a GPU: CPU workers."""
     own, common = grid.need[model], config.resources
     have = any(n.get("GPU") for n in nodes)
     gpus = own.gpus if own.gpus is not None else common.gpus if common.gpus is not None else (1 if have else 0)
     memory = own.memory_gb or common.memory_gb
-    return Need(gpus, common.cpus if gpus else common.cpus - 0.1, int((memory or 0) * 1e9), common.cpus)
+    return Need(gpus, common.cpus, int((memory or 0) * 1e9))
 
 
 def dtype_note(config: SweepConfig, needs: dict[str, Need]) -> str | None:
@@ -400,7 +417,7 @@ def check_room(config: SweepConfig, needs: dict[str, Need], nodes: list[dict[str
         if not any(_fits(need, n) for n in nodes):
             most = {k: max((n.get(k, 0) for n in nodes), default=0) for k in ("GPU", "CPU", "memory")}
             raise BadInput(
-                f"a cell of {model!r} needs {need.gpus:g} GPUs, {need.threads} CPUs and {need.memory / 1e9:g} GB; no node has that"
+                f"a cell of {model!r} needs {need.gpus:g} GPUs, {need.cpus} CPUs and {need.memory / 1e9:g} GB; no node has that"
                 f" (largest: {most['GPU']:g} GPUs, {most['CPU']:g} CPUs, {most['memory'] / 1e9:.3g} GB)",
                 where="resources",
                 fix="Lower resources.gpus, cpus or memory_gb, or join a larger cluster with --address.",
@@ -425,15 +442,18 @@ def _times(need: Need, have: dict[str, float]) -> int:
 
 
 def _fit(config: SweepConfig, cells: list[Cell], workers: int, pool: str, record: str, scratch: str) -> None:
-    """Tune enumerates; a trial costs a small CPU share and a reused process."""
+    """Tune enumerates; a trial costs a reused process, and no CPU: a head node may have none, and workers may take all there are."""
     trials = batches(cells, MAX_TRIALS)
     import ray
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # On the driver's own node: a coordinator that dies with some other node would leave its worker without an owner.
-    here = [{"ray.io/node-id": ray.get_runtime_context().get_node_id()}]
-    trainable = tune.with_resources(_trainable(), tune.PlacementGroupFactory([{"CPU": 0.01}], bundle_label_selector=here))
+    here = ray.get_runtime_context().get_node_id()
+    have = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == here)
+    share = {r: 0.0001 for r in have if r.startswith("node:") and r != "node:__internal_head__"}  # every node has 1 of its own
+    trial = tune.PlacementGroupFactory([share], bundle_label_selector=[{"ray.io/node-id": here}])
+    trainable = tune.with_resources(_trainable(), trial)
     timeout, attempts = config.resources.timeout_s, config.resources.attempts
     tuner = tune.Tuner(
         trainable,
@@ -478,14 +498,14 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
                     f"progress/{identity}.json", {**state, "ended": ended, "updated": datetime.now(UTC).isoformat()}
                 )
 
-    wrote, heard, here = 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
+    rows, wrote, heard, here = 0, 0.0, time.monotonic(), ray.get_runtime_context().get_node_id()
     if outcome.done and view.console.is_terminal:  # the live frontier counts cells of earlier runs too
         known = load_results(record.uri).rows("select key, size_bytes, trust, perplexity from results where status = 'done'")
         view.add_points(known)
     while True:
         last = stop.is_set()
         try:
-            snap = ray.get(pool.snapshot.remote(), timeout=20)
+            snap = ray.get(pool.snapshot.remote(rows), timeout=20)
             heard = time.monotonic()
         except Exception as e:  # the cluster is going down: the sweep's own end reports it
             log.debug("no snapshot: %s", e)
@@ -496,6 +516,7 @@ def _watch(pool: Any, sink: Any, record: Record, identity: str, outcome: Outcome
                 return write(ended=True)
             stop.wait(1)
             continue
+        rows += len(snap["finished"])
         for row in snap["finished"]:
             outcome.done += row["status"] == "done"
             outcome.failed += row["status"] == "failed"
@@ -531,10 +552,10 @@ class PoolActor(Pool):
     """The pool as a Ray actor; makes workers as actors of its own, so that they end with it."""
 
     def __init__(
-        self, name: str, cells: list[dict[str, Any]], needs: dict[str, Need], limit: int, config: WorkerConfig, executor: str,
-        max_failures: int,
+        self, name: str, sweep: str, cells: list[dict[str, Any]], needs: dict[str, Need], limit: int, config: WorkerConfig,
+        executor: str, max_failures: int,
     ) -> None:  # fmt: skip
-        self.name, self.needs, self.config, self.executor = name, needs, config, executor
+        self.sweep, self.name, self.needs, self.config, self.executor = sweep, name, needs, config, executor
         self.max_failures, self.failures = max_failures, 0
         self.cells = {c.key: c for c in (Cell(**d) for d in cells)}
         super().__init__(self._make, [(c.key, held(c), c.method == "dense") for c in self.cells.values()], limit)
@@ -544,7 +565,7 @@ class PoolActor(Pool):
 
         me = ray.get_runtime_context().current_actor
         options: dict[str, Any] = {"memory": need.memory} if need.memory else {}
-        env = {"OMP_NUM_THREADS": str(need.threads), "TOKENIZERS_PARALLELISM": "false"}
+        env = {"OMP_NUM_THREADS": str(need.cpus), "TOKENIZERS_PARALLELISM": "false"}
         return (
             ray.remote(RayWorker)
             .options(
@@ -554,7 +575,7 @@ class PoolActor(Pool):
                 runtime_env={"env_vars": env},
                 **options,
             )
-            .remote(self.config, self.executor, me, number)
+            .remote(self.config, self.executor, me, number, self.sweep)
         )
 
     async def take(self, key: str) -> tuple[Cell, int, Any] | None:
@@ -576,10 +597,10 @@ class PoolActor(Pool):
 class RayWorker:
     """A worker behind Ray: reports progress to the pool, at most four times a second."""
 
-    def __init__(self, config: WorkerConfig, executor: str, pool: Any, number: int) -> None:
+    def __init__(self, config: WorkerConfig, executor: str, pool: Any, number: int, sweep: str) -> None:
         from importlib import import_module
 
-        self.pool, self.number, self.last = pool, number, 0.0
+        self.pool, self.number, self.sweep, self.last = pool, number, sweep, 0.0
         module, _, name = executor.partition(":")
         self.worker = getattr(import_module(module), name)(config, self._progress)
         self.record = Record(config.record)
@@ -591,17 +612,25 @@ class RayWorker:
             self.pool.progress.remote(self.number, stage, done, total)
 
     def ready(self) -> None:
-        """Answers once some node has room for this worker."""
+        """Answers once some node has room for this worker; ``BadInput`` where the record is not the driver's."""
+        if f"sweeps/{self.sweep}.json" not in self.record.list("sweeps", ".json"):
+            raise BadInput(
+                f"{self.record.uri!r} on {socket.gethostname()} is not the driver's folder", where="results",
+                fix="Give a folder that all nodes share, s3://... or gs://...",
+            )  # fmt: skip
         self._progress("preparing", 1, 1)
 
-    # A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row.
+    def _committed(self, cell: Cell) -> dict[str, Any] | None:
+        """A coordinator that died may have had its cell computed: its successor asks for the cell again and gets the stored row."""
+        row = self.record.committed(cell.key)
+        return row if row is None or cell.method != "dense" or referenced(self.record, cell.key) else None
 
     def prepare(self, cell: Cell) -> None:
-        if self.record.committed(cell.key) is None:
+        if self._committed(cell) is None:
             self.worker.prepare(cell)
 
     def evaluate(self, cell: Cell, attempt: int, batch_scale: float) -> dict[str, Any]:
-        return self.record.committed(cell.key) or self.worker.evaluate(cell, attempt, batch_scale)
+        return self._committed(cell) or self.worker.evaluate(cell, attempt, batch_scale)
 
 
 def _trainable() -> Any:
@@ -627,6 +656,12 @@ def _trainable() -> Any:
     return Coordinator
 
 
+def why_dead(error: Exception) -> str:
+    """The first line of Ray's message; of an error in the worker's start also the last one, which names it."""
+    lines = str(error).strip().splitlines()
+    return f"{lines[0].partition(',')[0]}: {lines[-1].strip()}" if "creation task" in lines[0] else lines[0]
+
+
 def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attempts: int) -> None:
     """Get a worker, prepare, wait for the dense reference, evaluate; retry by cause (node or worker death elsewhere, memory smaller)."""
     import ray
@@ -643,15 +678,17 @@ def coordinate(key: str, pool: str, record: str, timeout_s: float | None, attemp
         start, died, lost, row = datetime.now(UTC), None, None, {}
         try:
             ray.get(handle.ready.remote())  # a node that has yet to come is no time of the cell
+            begun = time.monotonic()
             ray.get(handle.prepare.remote(cell), timeout=timeout_s)
-            if not dense and ray.get(broker.wait_dense.remote(model)) == "queued":
+            left = timeout_s and max(0.0, timeout_s - (time.monotonic() - begun))
+            if not dense and ray.get(broker.wait_dense.remote(number, model)) == "queued":
                 # Its worker died and nobody has it: give this worker up so that the dense cell can have it.
                 ray.get(broker.release.remote(number, model))
                 time.sleep(0.5)
                 continue
-            row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=timeout_s)
+            row = ray.get(handle.evaluate.remote(cell, attempt, scale), timeout=left)
         except (RayActorError, RaySystemError) as e:
-            died, lost = "dead", ("WorkerDied", str(e).strip().splitlines()[0])
+            died, lost = "dead", ("WorkerDied", why_dead(e))
         except GetTimeoutError:
             died, lost = "retire", ("Timeout", f"longer than resources.timeout_s = {timeout_s:g} s")
         except RayTaskError as e:  # beyond what a worker records by itself: a full disk, above all

@@ -20,6 +20,8 @@ AFFINITY_WAIT_S = 2.0
 POLL_S = 0.3
 #: Stage of a worker that has a cell and has not said anything about it.
 PENDING = "starting"
+#: Stage of a worker whose cell is prepared and has nothing yet to be compared with.
+WAITING = "waiting for dense"
 #: A worker that has not started by then gives its cell up, if another could have it.
 PENDING_S = 30.0
 #: A worker without a cell for so long gives its GPU back.
@@ -31,9 +33,8 @@ class Need:
     """Resources of one cell, as Ray counts them."""
 
     gpus: float = 0
-    cpus: float = 1
+    cpus: int = 1
     memory: int = 0  # bytes, 0: none reserved
-    threads: int = 1
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Slot:
     done: int = 0
     total: int = 0
     started: float = 0.0
+    waits: bool = False  # for the dense cell: what it says of its preparation comes late
 
     @property
     def alive(self) -> bool:
@@ -83,6 +85,7 @@ class Pool:
         self.dense_changed = asyncio.Event()
         self.states: dict[str, str] = {}
         self.finished: list[dict[str, Any]] = []
+        self.told = 0  # rows that have left ``finished``
         self.loads = 0
         self.withdrawn: set[int] = set()  # workers ended before they started
         self.no_room: dict[Need, float] = {}  # when such a worker was last withdrawn
@@ -139,23 +142,29 @@ class Pool:
         self.dense_changed.set()
         self.dense_changed = asyncio.Event()
 
-    async def wait_dense(self, model: str) -> str:
+    async def wait_dense(self, worker: int, model: str) -> str:
         """``done``, ``failed``, ``absent`` (done in an earlier run), or ``queued``: nobody works on it, so don't hold a worker for it."""
+        slot = self.slots.get(worker)
         while self.dense.get(model) == "running":
+            if slot:
+                slot.stage, slot.done, slot.total, slot.waits = WAITING, 0, 0, True
             await self.dense_changed.wait()
+        if slot and slot.waits:
+            slot.stage, slot.waits = "prepared", False
         return self.dense.get(model, "absent")
 
     async def progress(self, worker: int, stage: str, done: int, total: int) -> None:
-        if slot := self.slots.get(worker):
+        if (slot := self.slots.get(worker)) and not slot.waits:
             slot.stage, slot.done, slot.total = stage, done, total
 
-    async def snapshot(self) -> dict[str, Any]:
-        """What the live view shows; drains the finished rows."""
+    async def snapshot(self, heard: int) -> dict[str, Any]:
+        """What the live view shows; the finished rows but the first ``heard``, which are let go: an answer may get lost."""
         self._schedule()
-        rows, self.finished = self.finished, []
+        del self.finished[: max(0, heard - self.told)]
+        self.told = max(heard, self.told)
         return {
             "states": dict(Counter(self.states.values())),
-            "finished": rows,
+            "finished": list(self.finished),
             "loads": self.loads,
             "workers": [
                 {

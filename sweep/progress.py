@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..actors.cell import DIMENSIONS
 from .names import of_cells
-from .summary import escape
+from .summary import escape, stage
 
 LINE_EVERY_S = 15.0
 FRONTIER_LINES = 6
@@ -207,8 +207,7 @@ def frontier_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _doing(worker: dict[str, Any]) -> str:
-    count = f" {worker['done']}/{worker['total']}" if worker["total"] > 1 else ""
-    return f"{worker['stage']}{count}, {_clock(time.time() - worker['started'])}"
+    return f"{stage(worker)}, {_clock(time.time() - worker['started'])}"
 
 
 def _clock(seconds: float) -> str:

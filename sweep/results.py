@@ -39,6 +39,8 @@ def load_results(uri: str | Path) -> Results:
     return Results(Record(uri))
 
 
+#: Statements that write nothing; MULTI is a PIVOT. COPY could overwrite parts of the record.
+READS = (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI)
 #: Part files that one query reads.
 FILES_AT_ONCE = 500
 
@@ -71,12 +73,13 @@ class Results:
     # -- queries ------------------------------------------------------------------------------------------------------
 
     def sql(self, query: str, params: Sequence[Any] | None = None) -> pa.Table:
-        """The answer of one read-only DuckDB query; ``BadInput`` for SQL that does not run."""
+        """The answer of one read-only DuckDB query; ``BadInput`` for SQL that does not run, or that does more than read."""
         self._load_named(query)
         try:
-            relation = self.db.sql(query, params=list(params) if params else None)
+            reads = all(s.type in READS for s in self.db.extract_statements(query))
+            relation = self.db.sql(query, params=list(params) if params else None) if reads else None
             if relation is None:
-                raise BadInput("not a query: it returns no rows", where="SQL", fix="Write a SELECT; the record is read-only.")
+                raise BadInput("not a query", where="SQL", fix="Write a SELECT; the record is read-only.")
             return _distinct_columns(relation.to_arrow_table())
         except duckdb.Error as e:
             problem, _, rest = str(e).strip().partition("\n")

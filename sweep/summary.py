@@ -52,6 +52,11 @@ def escape(text: str) -> str:
     return markup("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
+def stage(worker: Mapping[str, Any]) -> str:
+    """What a worker does, with a count where there is one."""
+    return f"{worker['stage']} {worker['done']}/{worker['total']}" if worker["total"] > 1 else worker["stage"]
+
+
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{plan['sweep']}[/]: {plan['cells']} cells, {plan['done']} done · suite {plan['suite']} of {escape(plan['data'])}"
@@ -91,7 +96,7 @@ def print_status(status: Mapping[str, Any], console: Console) -> None:
         if s["cells_per_hour"]:
             console.print(f"  {s['cells_per_hour']:.1f} cells/hour, about {s['left_s'] / 60:.0f} min left")
         for w in s["workers"]:
-            console.print(escape(f"  worker {w['id']}: {w['label']}: {w['stage']} {w['done']}/{w['total']}"))
+            console.print(escape(f"  worker {w['id']}: {w['label']}: {stage(w)}"))
         for f in s["failures"]:
             console.print(
                 escape(f"  failed {f['label']} (attempt {f['attempts']}): {f['error_type']}: {f['error'][:300]}"), style="red"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from typing import Any
 
 from ..actors.errors import BadInput
 from .grid import config_of
 from .results import load_results
-from .wandb_sink import Publisher, has_key, picture
+from .wandb_sink import Publisher, folder_of, has_key, picture
 
 
 def sync(uri: str) -> str:
@@ -31,9 +30,9 @@ def sync(uri: str) -> str:
         config = config.model_copy(
             update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})}
         )
-        folder = uri if "://" not in uri else os.path.join("results", config.name)
+        folder = folder_of(results.record, config.name)
         try:
-            publisher = Publisher(config, sweep["id"], os.path.abspath(folder))
+            publisher = Publisher(config, sweep["id"], folder, sweep.get("labels", {}))
             publisher.open()
         except OSError as e:
             raise BadInput(

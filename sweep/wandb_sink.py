@@ -19,7 +19,9 @@ from urllib.parse import urlparse
 
 from ..actors.cell import DIMENSIONS
 from ..actors.errors import BadInput
+from ..actors.record import Record
 from .config import SweepConfig
+from .effects import label
 from .progress import frontier_keys
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,8 @@ def has_key() -> bool:
 class Publisher:
     """Writes runs. ``mode`` falls back to offline when the server fails; ``notes`` says so."""
 
-    def __init__(self, config: SweepConfig, sweep: str, folder: str) -> None:
-        self.config, self.sweep, self.folder = config, sweep, folder
+    def __init__(self, config: SweepConfig, sweep: str, folder: str, labels: Mapping[str, str]) -> None:
+        self.config, self.sweep, self.folder, self.labels = config, sweep, folder, labels
         self.mode = config.wandb.mode
         self.notes: list[str] = []
         self.run: Any = None
@@ -107,7 +109,8 @@ class Publisher:
         flat = flatten(row)
         try:
             run = self._init(
-                id=f"{self.sweep}-{row['key']}", name=label(row), job_type="cell", tags=[row["method"], row["suite"] or "none"],
+                id=f"{self.sweep}-{row['key']}", name=run_name(row, self.labels), job_type="cell",
+                tags=[row["method"], row["suite"] or "none"],
                 config={c: row.get(c) for c in CONFIG},
             )  # fmt: skip
             run.log({k: v for k, v in flat.items() if k not in CONFIG and isinstance(v, int | float)})
@@ -172,13 +175,10 @@ def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def label(row: Mapping[str, Any]) -> str:
-    parts = [row["model"].split("/")[-1], row["method"]]
-    parts += [f"{row['bits']}-bit"] if row.get("bits") else []
-    parts += [row["pattern"]] if row.get("pattern") not in (None, "unstructured") else []
-    parts += [f"{row['sparsity']:.0%}"] if row.get("sparsity") and row.get("pattern") in (None, "unstructured") else []
-    parts += [f"seed {row['seed']}"] if row.get("seed") is not None else []
-    return " ".join(map(str, parts))
+def run_name(row: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """The cell's own among ``labels`` (of ``sweeps/<id>.json``), behind the last part of the model's name."""
+    model, name = row["model"], labels.get(row["key"])
+    return f"{model.split('/')[-1]} {label(row) if name is None else name.removeprefix(model).strip()}"
 
 
 # -- the actor --------------------------------------------------------------------------------------------------------
@@ -188,10 +188,9 @@ class SinkActor:
     """Owns the Publisher in a process of its own."""
 
     def __init__(self, config: dict[str, Any], sweep: str, folder: str, record: str) -> None:
-        from ..actors.record import Record
-
-        self.publisher = Publisher(SweepConfig(**config), sweep, folder)
         self.record = Record(record)
+        labels = (self.record.get_json(f"sweeps/{sweep}.json") or {}).get("labels", {})
+        self.publisher = Publisher(SweepConfig(**config), sweep, folder, labels)
         self.publisher.open()
 
     def pid(self) -> int:
@@ -311,20 +310,24 @@ def _figures(outcome: Any) -> dict[str, int]:
     return {"cells/done": outcome.done, "cells/failed": outcome.failed, "cells/total": outcome.total}
 
 
-def start_sink(config: SweepConfig, identity: str, keys: Sequence[str], name: str, say: Callable[[str], None]) -> Sink:
+def folder_of(record: Record, name: str) -> str:
+    """Where the runs of a sweep are written: beside its record, or in ``results/<name>`` here where that is elsewhere."""
+    return record.root if record.local else os.path.abspath(os.path.join("results", name))
+
+
+def start_sink(
+    config: SweepConfig, record: Record, identity: str, keys: Sequence[str], name: str, say: Callable[[str], None]
+) -> Sink:
     """The sink on the driver's own node (it writes offline runs to the driver's disk)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = "://" in config.results
-    folder = os.path.abspath(os.path.join("results", config.name) if remote else config.results)
-    record = config.results if remote else folder
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = (
         ray.remote(SinkActor)
         .options(name=name, num_cpus=0, scheduling_strategy=here)
-        .remote(config.model_dump(mode="json"), identity, folder, record)
+        .remote(config.model_dump(mode="json"), identity, folder_of(record, config.name), record.address)
     )
     # A process for each picture: it reads every item of the record, and gives the memory back.
     draw = ray.remote(max_calls=1, max_retries=0)(picture).options(num_cpus=0, scheduling_strategy=here)
-    return Sink(actor, lambda: draw.remote(record, list(keys)), config.wandb.finish_timeout_s, say)
+    return Sink(actor, lambda: draw.remote(record.address, list(keys)), config.wandb.finish_timeout_s, say)

@@ -109,6 +109,8 @@ def test_parameters_of():
         ("Model,MMLU,Toxicity\nx,-3,50\n", "comp-trust-sheet", "MMLU is -3, expected 0 to 100"),
         ("Model,Sparsity/bits,Toxicity\nx-gptq,3.5,50\n", "comp-trust-sheet", "Sparsity/bits is 3.5"),
         ("Model,Sparsity/bits,Toxicity\nx-wanda,-1,50\n", "comp-trust-sheet", "Sparsity/bits is -1"),
+        ("Model,Sparsity/bits,Toxicity\nx-gptq,1e30,50\n", "comp-trust-sheet", "Sparsity/bits is 1e"),
+        ('Model,Toxicity\nx,"50\n' + "y,50\n" * 40_000, "comp-trust-sheet", "no CSV: field larger"),
         ("Model,Toxicity\n,50\n", "comp-trust-sheet", "Model is empty"),
         ("Name,Toxicity\nx,50\n", "comp-trust-sheet", "no column Model"),
         ("Model,Score\nx,50\n", "comp-trust-sheet", "no column one of"),

@@ -23,6 +23,11 @@ class Logged(Worker):
         super().prepare(cell)
 
 
+class Unstartable(Worker):
+    def __init__(self, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cache")
+
+
 class Synthetic:
     """Like ``Worker``. ``SYNTHETIC_LOG``: a file that gets a line a start and a commit; ``SYNTHETIC_SLEEP``: seconds a cell."""
 
@@ -41,6 +46,7 @@ class Synthetic:
         self.started = datetime.now(UTC)
         if self.model != cell.model:
             self._log("load", cell)
+            self.progress("load model", 2, 2)
             self.model = cell.model
 
     def evaluate(self, cell: Cell, attempt: int = 1, batch_scale: float = 1.0) -> dict[str, Any]:
@@ -88,6 +94,16 @@ class Synthetic:
             "finished_at": datetime.now(UTC),
         }  # fmt: skip
         self._log("commit", cell)
+        if dense:
+            self.record.put(f"reference/{cell.key}.safetensors", b"")
         self.record.commit(row, metrics, items, [{"layer": "l", "error": 0.1, "sparsity": 0.0, "bits": 4.0}])
         self._log("done", cell)
         return {**row, "metrics": metrics}
+
+
+class Slow(Synthetic):
+    """Takes its time for both steps."""
+
+    def prepare(self, cell: Cell) -> None:
+        time.sleep(self.sleep)
+        super().prepare(cell)

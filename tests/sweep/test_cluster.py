@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from comptrust.actors.record import Record
 from comptrust.sweep.results import load_results
 from ruamel.yaml import YAML
-from sweeps import sweep_dict
+from sweeps import comptrust, sweep_dict
 from test_faults import CELLS, Sweep
 
 HERE = Path(__file__).parent
@@ -95,6 +96,25 @@ def test_a_job_that_sets_the_data_pack_joins_its_cluster(cluster, monkeypatch):
         ray.shutdown()
 
 
+def test_the_callers_own_ray_goes_on(tiny, tmp_path, cluster):
+    """Its objects stay, and it gets every CPU back."""
+    import ray
+    from comptrust.sweep.launch import run_sweep
+
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        mine = ray.put("mine")
+        config = sweep_dict([tiny], tmp_path / "results", methods=[])
+        assert run_sweep(config, executor="synthetic_executor:Synthetic").exit_code == 0
+        assert ray.get(mine) == "mine"
+        end = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != 2:
+            assert time.monotonic() < end, ray.available_resources()
+            time.sleep(0.2)
+    finally:
+        ray.shutdown()
+
+
 def test_nodes_an_autoscaler_may_add_count(cluster):
     """Two CPU nodes, and groups as KubeRay reports them: their GPUs are used, and more than they can give is refused at once."""
     import ray
@@ -129,6 +149,24 @@ def test_nodes_an_autoscaler_may_add_count(cluster):
             check_room(wide, {model: need_of(wide, model, grid, room())}, room())
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize(("head", "cpus"), [({"num_cpus": 0}, 1), ({"num_cpus": 2, "num_gpus": 1}, 2)])
+def test_coordinators_need_no_cpu(tiny, tmp_path, monkeypatch, head, cpus):
+    """A head node without CPUs, as KubeRay advises, beside one that computes; and a cell that takes all CPUs of the only node."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("SYNTHETIC_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    made = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
+    try:
+        if not head["num_cpus"]:
+            made.add_node(num_cpus=1)
+        sweep = OnCluster(tiny, tmp_path, made.address, 0.0, resources={"cpus": cpus})
+        code, outcome, err = sweep.finish(timeout=90)
+        assert code == 0 and outcome["done"] == CELLS, err
+    finally:
+        made.shutdown()
 
 
 @pytest.fixture
@@ -173,6 +211,16 @@ def test_two_nodes_that_share_no_disk(tiny, tmp_path, apart, bucket):
 
 
 @pytest.mark.slow
+def test_a_folder_that_is_another_one_elsewhere_holds_no_cell_that_counts(tiny, tmp_path, apart):
+    """A folder on each node's own disk: what the second node would write there nobody would find, and the sweep said "done"."""
+    sweep = OnCluster(tiny, tmp_path, apart.address, resources={"workers": 2})
+    sweep.results = tmp_path / "place" / "results"
+    code, outcome, err = sweep.finish(timeout=500)
+    assert code == 1 and "is not the driver's folder" in err, err
+    assert outcome["done"] == len(Record(sweep.results).done()) and outcome["failed"] == CELLS - outcome["done"]
+
+
+@pytest.mark.slow
 def test_a_worker_without_room_gives_its_cell_up(tiny, tmp_path, cluster):
     """Four workers asked for, room for two: the cells of the others are computed, and it costs them no attempt."""
     sweep = OnCluster(tiny, tmp_path, cluster.address, 0.2, resources={"workers": 4, "attempts": 1})
@@ -182,7 +230,10 @@ def test_a_worker_without_room_gives_its_cell_up(tiny, tmp_path, cluster):
 
 
 def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):
-    """Its entrypoint, with the sweep and place of this test, on the two-raylet cluster; versions as installed."""
+    """Its entrypoint, with the sweep and place of this test, on the two-raylet cluster; versions as installed.
+
+    As a job whose runtime environment names the data for all nodes: `ray job submit --runtime-env-json '{"env_vars": ...}'`.
+    """
     job = YAML(typ="safe").load((CLUSTER / "rayjob.yaml").read_text())
     assert job["kind"] == "RayJob" and job["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
     words = job["spec"]["entrypoint"].split()
@@ -194,7 +245,10 @@ def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):
     words[2] = str(sweep)
     words[words.index("--results") + 1] = str(tmp_path / "results")
     words[words.index("--address") + 1] = cluster.address
-    done = subprocess.run([sys.executable, "-m", "comptrust.sweep", *words[1:]], capture_output=True, text=True, timeout=240)
+    data = {"COMPTRUST_DATA": os.environ.get("COMPTRUST_DATA", "")}
+    done = comptrust(
+        *words[1:], **data, RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps({"runtime_env": {"env_vars": data}, "metadata": {}})
+    )
     assert done.returncode == 0, done.stderr
     assert load_results(tmp_path / "results").rows("select count(*) n from results") == [{"n": 2}]
 

@@ -182,6 +182,27 @@ def test_a_bad_cell_is_a_row_and_the_sweep_goes_on(tiny, tmp_path):
     assert state["failures"][0]["error"] == "bad cell"
 
 
+def test_a_worker_that_cannot_start_says_why(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 0.0, methods=[], resources={"attempts": 2})
+    sweep.env["EXECUTOR"] = "Unstartable"
+    code, outcome, err = sweep.finish()
+    assert code == 1 and outcome["failed"] == 1, err
+    (failed,) = load_results(sweep.results).rows("select * from failed")
+    assert (failed["error_type"], failed["attempts"]) == ("WorkerDied", 2)
+    assert failed["error"].endswith("PermissionError: [Errno 13] Permission denied: '/home/nobody/.cache'")
+    assert "\x1b" not in failed["error"] and "\n" not in failed["error"]
+
+
+def test_the_time_limit_is_that_of_the_whole_cell(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 4, methods=[], resources={"timeout_s": 6})
+    sweep.env["EXECUTOR"] = "Slow"
+    code, _, err = sweep.finish()
+    assert code == 1, err
+    assert load_results(sweep.results).rows("select error_type, attempts from failed") == [
+        {"error_type": "Timeout", "attempts": 1}
+    ]
+
+
 def test_a_damaged_part_is_computed_again(tiny, tmp_path):
     sweep = Sweep(tiny, tmp_path, 0.0)
     assert sweep.finish()[0] == 0
@@ -193,6 +214,22 @@ def test_a_damaged_part_is_computed_again(tiny, tmp_path):
     assert code == 0 and outcome["done"] == CELLS, err
     starts = Counter(line[1] for line in sweep.lines() if line[0] == "start")
     assert starts[key] == 2 and sum(starts.values()) == CELLS + 1
+
+
+def test_a_dense_cell_without_its_reference_is_computed_again_for_new_cells_only(tiny, tmp_path):
+    """References are large and get deleted; what was computed without one would lack its divergence for good."""
+    sweep = Sweep(tiny, tmp_path, 0.0, methods=[])
+    assert sweep.finish()[0] == 0
+    (dense,) = Record(sweep.results).done()
+    reference = sweep.results / "reference" / f"{dense}.safetensors"
+    reference.unlink()
+    assert sweep.finish()[0] == 0 and len([w for w, *_ in sweep.lines() if w == "start"]) == 1
+    sweep.yaml.write_text(
+        json.dumps(sweep_dict([tiny], sweep.results, methods=[{"method": "rtn", "bits": 4, "group_size": 32}]))
+    )
+    code, outcome, err = sweep.finish()
+    assert code == 0 and outcome["done"] == 2 and reference.exists(), err
+    assert [key for word, key, *_ in sweep.lines() if word == "start"][:2] == [dense, dense]
 
 
 def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path):
@@ -220,6 +257,20 @@ def test_a_worker_keeps_its_model_while_cells_of_it_are_left(tiny_pair, tmp_path
             finished[models[key]] += 1
             free[worker] = float(at)
     assert len(holds) == 2
+
+
+def test_a_prepared_cell_says_that_it_waits_for_the_dense_one(tiny, tmp_path):
+    sweep = Sweep(tiny, tmp_path, 12, resources={"workers": 2})
+    driver = sweep.start()
+    sweep.wait_for("start", 1)
+    seen: set[str] = set()
+    while "waiting for dense" not in seen and driver.poll() is None and len(sweep.lines()) < 5:
+        state = status(str(sweep.results))["sweeps"][0]
+        seen |= {w["stage"] for w in state["workers"]}
+        time.sleep(0.2)
+    driver.kill()
+    driver.communicate()
+    assert "waiting for dense" in seen
 
 
 def test_two_dtypes_of_a_model_have_a_dense_cell_each(tiny, tmp_path):

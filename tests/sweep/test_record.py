@@ -13,6 +13,7 @@ from comptrust.actors.record import CELLS, Record, to_table
 from comptrust.sweep.cli import Format, query
 from comptrust.sweep.results import compact, load_results
 from comptrust.sweep.status import status
+from sweeps import comptrust
 
 
 def cell(key: str, **more) -> dict:
@@ -80,6 +81,32 @@ def test_without_the_mark_nothing_is_there(record, upto):
         assert {r["key"] for r in results.rows(f"select key from {table}")} == {"k0"}, table
 
 
+def test_a_store_that_deletes_nothing_costs_no_cell(record, monkeypatch):
+    """A bucket without s3:DeleteObject: the cell stood there and was called failed."""
+
+    def refuse(path: str) -> None:
+        raise OSError("AWS Error ACCESS_DENIED during DeleteObjects operation")
+
+    monkeypatch.setattr(record, "delete_dir", refuse)
+    commit(record, "k1")
+    assert record.done() == {"k1"}
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(record):
+    Path(record.root).mkdir()
+    Path(record.root, "sweeps").write_text("no folder")
+    done = comptrust("status", record.root)
+    assert done.returncode == 1 and done.stderr.startswith("failed: NotADirectoryError: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("uri", ["", " ", "s3://", "gs://", "file:///"])
+def test_an_address_without_a_place_is_bad_input(uri):
+    """`--results "$PLACE"` and `s3://$BUCKET` of a script whose variable is not set: the working folder, a traceback, a hang."""
+    with pytest.raises(BadInput, match="results: "):
+        Record(uri)
+
+
 def test_commit_replaces_and_never_appends(record):
     commit(record, "k1", 50.0)
     commit(record, "k1", 60.0)
@@ -111,6 +138,19 @@ def test_foreign_files_disturb_nothing(record):
     results = load_results(record.uri)
     assert [r["key"] for r in results.rows("select key from results")] == ["k1"]
     assert results.ignored == ["cells/other.parquet"]
+
+
+def test_a_query_writes_nothing(record):
+    """The folder that it may read from is the record's own."""
+    commit(record, "k1")
+    results = load_results(record.uri)
+    part = Path(record.root, "cells", "k1.parquet")
+    before = part.read_bytes()
+    for sql in ("copy (select 1 as x) to '{}'", "select 1; copy (select 1) to '{}'", "explain analyze copy (select 1) to '{}'"):
+        with pytest.raises(BadInput, match="read-only"):
+            results.sql(sql.format(part))
+    assert part.read_bytes() == before
+    assert results.rows("pivot (select model, method from cells) on method using count(*)") == [{"model": "m", "rtn": 1}]
 
 
 def test_foreign_files_disturb_no_folder(record):

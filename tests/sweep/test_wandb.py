@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 KEY = "0" * 40
 
 
-def drive(config: dict, results: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+def drive(config: dict, results: Path, timeout: float = 240, given: str = "", **env: str) -> subprocess.CompletedProcess:
     path = results.parent / f"{results.name}.yaml"
     path.write_text(json.dumps(config))
     return subprocess.run(
-        [sys.executable, str(HERE / "drive.py"), str(path), str(results)], capture_output=True, text=True, timeout=timeout,
+        [sys.executable, str(HERE / "drive.py"), str(path), given or str(results)], capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "NO_PROXY": "127.0.0.1", **env},
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def wandb_processes() -> set[int]:
 def test_offline_files_hold_what_was_logged(tiny, tmp_path):
     """Three good cells and a failing one: a run each, grouped, and the sweep's run with progress and frontier."""
     results = tmp_path / "results"
-    done = drive(small(tiny, results, "offline"), results)
+    done = drive(small(tiny, results, "offline"), results, given="~/results", HOME=str(tmp_path))  # as YAML may say it
     assert done.returncode == 1, done.stderr  # the bad cell
     outcome = json.loads(done.stdout)
     runs = {r["id"]: r for r in map(read_offline, (results / "wandb").glob("offline-run-*/run-*.wandb"))}
@@ -68,6 +68,8 @@ def test_offline_files_hold_what_was_logged(tiny, tmp_path):
     assert {row[0] for row in table["data"]} == {r["key"] for r in load_results(results).rows("select key from cells")}
 
     rows = {r["key"]: r for r in load_results(results).rows("select * from results")}
+    names = {"tiny dense", "tiny rtn 4 g32", "tiny rtn 3 g32", "tiny gptq 4 g32"}
+    assert {r["name"] for r in runs.values()} == {"tiny", *names}
     for key, row in rows.items():
         run = runs[f"{sweep}-{key}"]
         assert run["job_type"] == "cell" and run["exit"] == 0
@@ -176,33 +178,24 @@ def test_sync_where_nothing_can_be_written_is_bad_input(tmp_path):
     assert (done.returncode, done.stderr.partition(": W&B writes")[0]) == (2, "error: RESULTS"), done.stderr
 
 
-def test_seeds_have_names_of_their_own():
-    from comptrust.sweep.wandb_sink import label
-
-    row = {"model": "acme/lm", "method": "gptq", "bits": 4}
-    assert [label({**row, "seed": s}) for s in (0, 1, None)] == [
-        "lm gptq 4-bit seed 0",
-        "lm gptq 4-bit seed 1",
-        "lm gptq 4-bit",
-    ]
-
-
 def test_sync_finds_the_key_of_wandb_login(tmp_path):
     """`run` takes a key from netrc, and so must the command that it names where W&B did not answer."""
     from comptrust.actors.record import Record
     from sweeps import comptrust
 
     record = Record(tmp_path / "results")
-    cell = {"key": "k1", "model": "m", "method": "dense", "suite": "smoke", "status": "done", "params": {}}
-    record.commit(
-        cell, [{"convention": "comptrust", "dimension": "utility", "scenario": "", "metric": "perplexity", "value": 9.0}], []
-    )
-    record.put_json(
-        "sweeps/s1.json", {"id": "s1", "name": "s", "config": {"name": "s", "models": [{"id": "m"}]}, "keys": ["k1"]}
-    )
+    cell = {"model": "a/m", "method": "gptq", "bits": 4, "suite": "smoke", "status": "done", "params": {}}
+    metric = {"convention": "comptrust", "dimension": "utility", "scenario": "", "metric": "perplexity", "value": 9.0}
+    labels = {"k1": "a/m gptq 4 damping 0.01", "k2": "a/m gptq 4 damping 0.05"}
+    for key in labels:
+        record.commit({**cell, "key": key}, [metric], [])
+    config = {"name": "s", "models": [{"id": "a/m"}]}
+    record.put_json("sweeps/s1.json", {"id": "s1", "name": "s", "config": config, "keys": [*labels, "k3"], "labels": labels})
     with Server() as server:
         (tmp_path / "netrc").write_text(f"machine 127.0.0.1:{server.server_port}\n login user\n password {KEY}\n")
         (tmp_path / "netrc").chmod(0o600)
         done = comptrust("sync", record.root, WANDB_BASE_URL=server.url, NETRC=str(tmp_path / "netrc"), NO_PROXY="127.0.0.1")
         assert done.returncode == 0 and "written to W&B" in done.stdout, done.stdout + done.stderr
-        assert {"s1-sweep", "s1-k1"} <= set(server.runs)
+        assert {"s1-sweep", "s1-k1", "s1-k2"} <= set(server.runs)
+        # equal but for a parameter, and told apart by name
+        assert [server.runs[f"s1-{key}"]["displayName"] for key in labels] == ["m gptq 4 damping 0.01", "m gptq 4 damping 0.05"]
