@@ -109,7 +109,7 @@ class Recommendation:
     constraints: dict[str, float | None]
     choices: list[Choice]
     rules: list[Rule]
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # of the record, if cells are missing, and alarms of ``cell``
 
     def to_json(self) -> dict[str, Any]:
         """Stable form; documented in docs/decisions.md."""
@@ -164,7 +164,7 @@ def recommend(
         limits,
         choices,
         rules,
-        _warnings(e, best),
+        [*_unfinished(e), *_warnings(e, best)],
     )
 
 
@@ -522,6 +522,12 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _unfinished(e: Effects) -> list[str]:
+    """Sweeps of the record with cells that are not done: what they will show is not in the answer."""
+    counts = [(s["name"], len(s["keys"]), sum(k not in e.rows for k in s["keys"])) for s in e.results.record.sweeps()]
+    return [f"unfinished: {left} of the {total} cells of sweep {name} are not done" for name, total, left in counts if left]
+
+
 def _warnings(e: Effects, best: Choice) -> list[str]:
     """Alarms of the recommended cell or, failing that, none: they belong beside the answer."""
     if best.cell is None:
@@ -605,7 +611,7 @@ def render_recommendation(found: Recommendation, console: Console, limit: int = 
 
     console.print(Panel(escape(found.summary), title=found.verdict, border_style=_COLOURS[found.verdict]))
     for warning in found.warnings:
-        console.print(f"[yellow]alarm[/] {escape(warning)}")
+        console.print(f"[yellow]warning[/] {escape(warning)}")
     for choice in found.choices:
         rows = [_line(c) for c in choice.candidates[:limit]]
         title = f"{choice.model}, {evaluation_of(choice, found.choices)}"

@@ -233,6 +233,16 @@ def test_of_two_recommendations_the_larger_suite_has_the_word(tmp_path):
     assert [(c.suite, c.verdict) for c in found.choices] == [("full", "recommended"), ("smoke", "recommended")]
 
 
+def test_cells_that_are_still_to_come_are_counted(tmp_path):
+    results, (key,) = record(tmp_path, 200, [(cell(8, 8000), 0)])
+    sweep = {"id": "s", "name": "mine", "config": {}, "keys": [key, "to-come", "failed"]}
+    results.record.put_json("sweeps/s.json", sweep)
+    found = recommend(results)
+    assert found.verdict == "recommended" and found.warnings[0] == "unfinished: 2 of the 3 cells of sweep mine are not done"
+    results.record.put_json("sweeps/s.json", sweep | {"keys": [key]})
+    assert not any("unfinished" in w for w in recommend(results).warnings)
+
+
 def test_what_was_not_evaluated_is_said(tmp_path):
     results, _ = record(tmp_path, 1000, [(cell(8, 8000), 0)])
     found = recommend(results)
