@@ -267,7 +267,7 @@ def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
     bits, group, symmetric = _check_gptq(compressed, layers)
     act_order = any(s.group_index is not None for s in layers.values())
     if act_order or not symmetric:
-        notes.append(f"vLLM 0.32 reads GPTQ's layout no longer {'with act-order' if act_order else 'with zero points'}.")
+        notes.append(f"vLLM 0.32 does not read GPTQ's layout {'with act-order' if act_order else 'with zero points'}.")
     tensors = _rest(compressed, set(layers))
     # The first version of the layout stores zero - 1, which has no place for 0.
     old = all(s.zero is None or int(s.zero.min()) > 0 for s in layers.values())
@@ -320,7 +320,7 @@ def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
     layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
     if not layers:
         raise BadInput("no layer was made by bitsandbytes", where="--format", fix="Use auto")
-    notes.append("vLLM 0.32 no longer reads checkpoints of bitsandbytes.")
+    notes.append("vLLM 0.32 does not read checkpoints of bitsandbytes.")
     module: Any = compressed.model.get_submodule(next(iter(layers)))
     skip = _others(compressed.model, layers)
     if next(iter(layers.values())).format == "int8":

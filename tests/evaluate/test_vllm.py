@@ -292,7 +292,7 @@ def test_vllm_answers_from_our_checkpoints(installed, folder, tokenizer, monkeyp
         ("nf4", {}, "bitsandbytes", "'int8_per_channel_weight_only'"),  # the end of the list of what it knows
     ],
 )
-def test_what_vllm_reads_no_more(installed, folder, tokenizer, monkeypatch, method, params, format, why):
+def test_what_vllm_does_not_read(installed, folder, tokenizer, monkeypatch, method, params, format, why):
     """The notes of an export and docs/export.md say so."""
     from transformers import AutoModelForCausalLM
 
