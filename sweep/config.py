@@ -132,8 +132,14 @@ class WandbConfig(_Frozen):
     """The live view. Keys come from the environment (WANDB_API_KEY) or netrc only."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "comptrust"
-    entity: str | None = None
+    project: str = Field(
+        default_factory=lambda: os.environ.get("WANDB_PROJECT") or "comptrust",
+        description="default: WANDB_PROJECT of the environment, or comptrust",
+    )
+    entity: str | None = Field(
+        default_factory=lambda: os.environ.get("WANDB_ENTITY") or None,
+        description="default: WANDB_ENTITY of the environment, or the key's own",
+    )
     items: bool = Field(default=False, description="upload item texts (prompts and answers) as tables")
     init_timeout_s: float = Field(default=20, gt=0)
     finish_timeout_s: float = Field(default=60, gt=0)

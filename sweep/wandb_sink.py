@@ -79,20 +79,20 @@ class Publisher:
         common = {
             "project": w.project, "entity": w.entity, "group": f"{self.config.name}-{self.sweep}", "dir": self.folder, "settings": settings,
         }  # fmt: skip
+        if self.mode == "online" and not has_key():  # the driver has one
+            self._degrade("W&B has no key in the environment that Ray was started with on this node")
         if self.mode == "online":
             try:
                 return wandb.init(mode="online", resume="allow", **common, **kwargs)
             except Exception as e:  # any failure of the view must leave the record's sweep running
-                self._degrade(e)
+                self._degrade(f"W&B does not answer ({type(e).__name__})")
         return wandb.init(mode="offline", **common, **kwargs)
 
-    def _degrade(self, error: BaseException) -> None:
+    def _degrade(self, why: str) -> None:
         import wandb
 
         self.mode = "offline"
-        self.notes.append(
-            f"W&B does not answer ({type(error).__name__}); going on offline, publish later with `comptrust sync`"
-        )
+        self.notes.append(f"{why}; going on offline, publish later with `comptrust sync`")
         with contextlib.suppress(Exception):
             wandb.teardown(exit_code=1)
 
@@ -122,7 +122,7 @@ class Publisher:
         except Exception as e:  # see class docstring
             log.debug("W&B run of %s: %s", row["key"], e)
             if self.mode == "online":
-                self._degrade(e)
+                self._degrade(f"W&B does not answer ({type(e).__name__})")
                 self.open()
 
     def progress(self, figures: Mapping[str, Any]) -> None:
@@ -318,14 +318,16 @@ def folder_of(record: Record, name: str) -> str:
 def start_sink(
     config: SweepConfig, record: Record, identity: str, keys: Sequence[str], name: str, say: Callable[[str], None]
 ) -> Sink:
-    """The sink on the driver's own node (it writes offline runs to the driver's disk)."""
+    """The sink on the driver's own node (it writes offline runs to the driver's disk), for the driver's server. Not with its key:
+    Ray shows what an actor is started with."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    env = {k: os.environ[k] for k in ("WANDB_BASE_URL",) if k in os.environ}
     actor = (
         ray.remote(SinkActor)
-        .options(name=name, num_cpus=0, scheduling_strategy=here)
+        .options(name=name, num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": env})
         .remote(config.model_dump(mode="json"), identity, folder_of(record, config.name), record.address)
     )
     # A process for each picture: it reads every item of the record, and gives the memory back.

@@ -362,6 +362,15 @@ def test_launch_order_keeps_every_cell_dense_first_models_interleaved(tiny_pair,
     assert [c.model for c in one] == sorted((c.model for c in one), key=lambda m: m != one[0].model)
 
 
+def test_wandb_names_of_the_environment_hold_where_the_yaml_names_none(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "lab")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    config = load_config({"models": ["a/m"], "wandb": {"entity": "other"}}).wandb
+    assert (config.project, config.entity) == ("lab", "other")
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    assert load_config({"models": ["a/m"]}).wandb.project == "comptrust"
+
+
 def test_schema_for_editors_is_up_to_date():
     assert json.loads((CONF / "sweep.schema.json").read_text()) == json.loads(json.dumps(json_schema()))
 

@@ -131,6 +131,21 @@ def test_online_without_a_key_is_bad_input(tiny, tmp_path):
     assert not (tmp_path / "results" / "cells").exists()
 
 
+def test_a_node_of_a_cluster_without_the_drivers_key_writes_offline_and_says_so(tmp_path):
+    """`export WANDB_API_KEY` after `ray start`: the driver has the key, and what Ray starts has none."""
+    script = (
+        "import sys; from comptrust.sweep.config import load_config; from comptrust.sweep.wandb_sink import Publisher\n"
+        "config = load_config({'name': 's', 'models': ['a/m'], 'wandb': {'mode': 'online'}})\n"
+        "publisher = Publisher(config, 's1', sys.argv[1], {}); publisher.open(); print(*publisher.notes, publisher.close(0, {}))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"NETRC": str(tmp_path / "none"), "WANDB_PROJECT": "lab"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=True)
+    assert "no key in the environment that Ray was started with" in done.stdout, done.stdout + done.stderr
+    (run,) = [read_offline(p) for p in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert run["project"] == "lab"
+
+
 def test_frontier_keys_are_the_undominated():
     from comptrust.sweep.progress import frontier_keys
 
