@@ -25,6 +25,8 @@ from .errors import BadInput
 
 #: ``://name:password@`` of an address. A password may hold slashes (AWS's do); a port and an "@" behind it are none.
 _PASSWORD = re.compile(r"://[^/@:]+:(?!\d+/)[^@]*@")
+#: ``s3:/bucket``: it would be a folder of that name here.
+_SCHEME = re.compile(r"(s3|gs|gcs|hdfs|abfss?|file):(?!//)")
 SCHEMA_VERSION = 1
 _META = {b"comptrust.schema": str(SCHEMA_VERSION).encode()}
 
@@ -73,6 +75,13 @@ def to_table(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(out, schema=schema)
 
 
+def _patience(uri: str) -> str:
+    """``uri`` with a limit of half a minute to Google's retries: pyarrow's own is a quarter of an hour, without a word."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=30"
+
+
 class Record:
     """Parts of one results folder or URI (``results/x``, ``s3://bucket/x``). Creating one touches nothing."""
 
@@ -85,12 +94,13 @@ class Record:
             )  # fmt: skip
         try:
             if "://" in self.uri:
-                self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
+                self.fs, self.root = pafs.FileSystem.from_uri(_patience(self.uri))
             else:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute())
         except (pa.ArrowInvalid, OSError) as e:
             raise BadInput(f"cannot open {self.uri!r}: {e}", where="results", fix="Give a folder, s3://... or gs://...") from e
-        if not self.uri.strip() or (not self.root.strip("/") and "://" in self.uri):  # a variable of a script that is not set
+        if _SCHEME.match(self.uri) or not self.uri.strip() or (not self.root.strip("/") and "://" in self.uri):
+            # a slip of the pen, or a variable of a script that is not set
             raise BadInput(
                 f"{self.uri!r} names no place", where="results", fix="Give a folder, s3://BUCKET... or gs://BUCKET..."
             )

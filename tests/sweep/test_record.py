@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,11 +101,21 @@ def test_a_folder_that_cannot_be_listed_is_one_line(record):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("uri", ["", " ", "s3://", "gs://", "file:///"])
+@pytest.mark.parametrize("uri", ["", " ", "s3://", "gs://", "file:///", "s3:/bucket/x", "gs:bucket"])
 def test_an_address_without_a_place_is_bad_input(uri):
-    """`--results "$PLACE"` and `s3://$BUCKET` of a script whose variable is not set: the working folder, a traceback, a hang."""
+    """`--results "$PLACE"` and `s3://$BUCKET` of a script whose variable is not set, or with a slash lost: the working folder, a traceback,
+    a hang, a folder named "s3:"."""
     with pytest.raises(BadInput, match="results: "):
         Record(uri)
+
+
+@pytest.mark.slow
+def test_a_google_bucket_out_of_reach_is_an_error_within_a_minute():
+    record = Record("gs://anonymous@bucket/x?endpoint_override=127.0.0.1:9&scheme=http")
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="UNAVAILABLE"):
+        record.list("cells")
+    assert time.monotonic() - begun < 60  # pyarrow alone goes on for a quarter of an hour
 
 
 def test_commit_replaces_and_never_appends(record):

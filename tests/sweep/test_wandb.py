@@ -138,7 +138,10 @@ def test_a_node_of_a_cluster_without_the_drivers_key_writes_offline_and_says_so(
         "config = load_config({'name': 's', 'models': ['a/m'], 'wandb': {'mode': 'online'}})\n"
         "publisher = Publisher(config, 's1', sys.argv[1], {}); publisher.open(); print(*publisher.notes, publisher.close(0, {}))"
     )
-    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"NETRC": str(tmp_path / "none"), "WANDB_PROJECT": "lab"}
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {
+        "NETRC": str(tmp_path / "none"),
+        "WANDB_PROJECT": "lab",
+    }
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=True)
     assert "no key in the environment that Ray was started with" in done.stdout, done.stdout + done.stderr
