@@ -62,6 +62,9 @@ CheckpointOpt = Annotated[
         "--format", help="auto, compressed-tensors, gptq, awq, bitsandbytes or dense: docs/export.md says who reads it."
     ),
 ]
+WhereOpt = Annotated[
+    str | None, typer.Option("--where", metavar="SQL", help='Only cells that satisfy this, e.g. "size_bytes < 8e9".')
+]
 FormatOpt = Annotated[TextFormat, typer.Option("--format", help="json prints JSON alone on stdout.")]
 
 
@@ -148,9 +151,7 @@ def pareto(
     results: ResultsArg,
     min: Annotated[list[str] | None, typer.Option("--min", metavar="COL", help="Less is better; may be repeated.")] = None,
     max: Annotated[list[str] | None, typer.Option("--max", metavar="COL", help="More is better; may be repeated.")] = None,
-    where: Annotated[
-        str | None, typer.Option(metavar="SQL", help='Only rows that satisfy this, e.g. "size_bytes < 8e9".')
-    ] = None,
+    where: WhereOpt = None,
     probability: Annotated[
         bool, typer.Option("--probability/--no-probability", help="Probability of being on the frontier.")
     ] = True,
@@ -231,6 +232,7 @@ def recommend(
     max_size_gb: Annotated[float | None, typer.Option(help="Largest size accepted, GB.")] = None,
     min_tokens_s: Annotated[float | None, typer.Option(help="Least decode speed accepted, tokens/s.")] = None,
     max_refusal_change: Annotated[float | None, typer.Option(help="Largest change of a refusal rate accepted, 0-1.")] = None,
+    where: WhereOpt = None,
     format: FormatOpt = TextFormat.table,
 ) -> None:
     """Which cell to deploy and why, citing rows and tests; or why none, or undecided."""
@@ -244,6 +246,7 @@ def recommend(
         max_size_gb=max_size_gb,
         min_tokens_s=min_tokens_s,
         max_refusal_change=max_refusal_change,
+        where=where,
     )
     _json(answer.to_json()) if format is TextFormat.json else render_recommendation(answer, _console())
 

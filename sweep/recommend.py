@@ -122,16 +122,14 @@ def recommend(
     max_size_gb: float | None = None,
     min_tokens_s: float | None = None,
     max_refusal_change: float | None = None,
-    model: str | None = None,
     where: str | None = None,
     effects: Effects | None = None,
 ) -> Recommendation:
     """The cell to deploy under the constraints, per base model and over all.
 
     ``max_drop``: points, every dimension. ``max_size_gb``: 10^9 bytes of weights. ``min_tokens_s``: decoding.
-    ``max_refusal_change``: share (0-1), either way, every dimension. ``model``: only this base model. ``where``: SQL over
-    columns of view ``results``. ``BadInput``: limits out of range, unknown model, no compressed cell with a dense one, failed
-    cells only.
+    ``max_refusal_change``: share (0-1), either way, every dimension. ``where``: SQL over columns of view
+    ``results``. ``BadInput``: limits out of range, no compressed cell with a dense one, failed cells only.
     """
     limits = {
         "max_drop": max_drop,
@@ -145,10 +143,10 @@ def recommend(
     rows: dict[tuple[str, str, str], list[Row]] = {}
     for row in e.rows.values():
         compared = row["method"] != "dense" and e.dense(row["key"]) is not None
-        if compared and row["key"] in chosen and (model is None or row["model"] == model):
+        if compared and row["key"] in chosen:
             rows.setdefault((row["model"], row["suite"], row["evaluation"] or ""), []).append(row)
     if not rows:
-        _explain_nothing(e, model)
+        _explain_nothing(e, where)
     groups = {at: _candidates(e, found, limits) for at, found in rows.items()}
     shown = _shown_elsewhere(e, [c for group in groups.values() for c in group])
     choices = [_choose(e, [_with_shown(c, e, shown) for c in group], limits) for _, group in sorted(groups.items())]
@@ -195,21 +193,13 @@ def _check_limits(limits: Limits) -> None:
         )
 
 
-def _explain_nothing(e: Effects, model: str | None) -> None:
-    import difflib
-
-    models = sorted({r["model"] for r in e.rows.values()})
-    if model is not None and model not in models:
-        near = difflib.get_close_matches(model, models, 1)
-        raise BadInput(
-            f"no model {model!r} in these results",
-            where="--model",
-            fix=f"Did you mean {near[0]}?" if near else f"One of: {', '.join(models)}.",
-        )
+def _explain_nothing(e: Effects, where: str | None) -> None:
     if all(r["method"] == "dense" for r in e.rows.values()):
         raise BadInput(
             "only dense cells, nothing compressed", where="RESULTS", fix="Add methods to the sweep and run it again."
         )
+    if where:
+        raise BadInput(f"no compressed cell with a dense one fulfils {where!r}", where="--where", fix="Ask for more cells.")
     raise BadInput(
         "no compressed cell with a dense one to compare", where="RESULTS", fix="Let the dense cell finish: run the sweep again."
     )
