@@ -109,9 +109,9 @@ class Publisher:
         flat = flatten(row)
         try:
             run = self._init(
-                id=f"{self.sweep}-{row['key']}", name=run_name(row, self.labels), job_type="cell",
+                id=f"{self.sweep}-{row['key']}", name=(name := run_name(row, self.labels)), job_type="cell",
                 tags=[row["method"], row["suite"] or "none"],
-                config={c: row.get(c) for c in CONFIG},
+                config={c: row.get(c) for c in CONFIG} | {"over_seeds": name.replace(f" seed {row['seed']}", "")},
             )  # fmt: skip
             run.log({k: v for k, v in flat.items() if k not in CONFIG and isinstance(v, int | float)})
             run.summary.update({k: v for k, v in flat.items() if k not in CONFIG and v is not None})

@@ -204,9 +204,9 @@ def test_sync_finds_the_key_of_wandb_login(tmp_path):
     record = Record(tmp_path / "results")
     cell = {"model": "a/m", "method": "gptq", "bits": 4, "suite": "smoke", "status": "done", "params": {}}
     metric = {"convention": "comptrust", "dimension": "utility", "scenario": "", "metric": "perplexity", "value": 9.0}
-    labels = {"k1": "a/m gptq 4 damping 0.01", "k2": "a/m gptq 4 damping 0.05"}
-    for key in labels:
-        record.commit({**cell, "key": key}, [metric], [])
+    labels = {"k1": "a/m gptq 4 seed 0 damping 0.01", "k2": "a/m gptq 4 seed 1 damping 0.01"}
+    for seed, key in enumerate(labels):
+        record.commit({**cell, "key": key, "seed": seed}, [metric], [])
     config = {"name": "s", "models": [{"id": "a/m"}]}
     record.put_json("sweeps/s1.json", {"id": "s1", "name": "s", "config": config, "keys": [*labels, "k3"], "labels": labels})
     with Server() as server:
@@ -215,5 +215,7 @@ def test_sync_finds_the_key_of_wandb_login(tmp_path):
         done = comptrust("sync", record.root, WANDB_BASE_URL=server.url, NETRC=str(tmp_path / "netrc"), NO_PROXY="127.0.0.1")
         assert done.returncode == 0 and "written to W&B" in done.stdout, done.stdout + done.stderr
         assert {"s1-sweep", "s1-k1", "s1-k2"} <= set(server.runs)
-        # equal but for a parameter, and told apart by name
-        assert [server.runs[f"s1-{key}"]["displayName"] for key in labels] == ["m gptq 4 damping 0.01", "m gptq 4 damping 0.05"]
+        runs = [server.runs[f"s1-{key}"] for key in labels]
+        # told apart by name, and brought together over seeds by a key of their config
+        assert [r["displayName"] for r in runs] == ["m gptq 4 seed 0 damping 0.01", "m gptq 4 seed 1 damping 0.01"]
+        assert [json.loads(r["config"])["over_seeds"]["value"] for r in runs] == ["m gptq 4 damping 0.01"] * 2
