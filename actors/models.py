@@ -105,7 +105,8 @@ def template(ref: ModelRef) -> str:
 
 
 def load_config(ref: ModelRef) -> PretrainedConfig:
-    """Architecture and sizes, as transformers names them; reads no weights. BadInput if transformers does not know it."""
+    """Architecture and sizes, as transformers names them; reads no weights. BadInput if transformers does not know it, or knows it as
+    something else than a causal language model."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -113,9 +114,31 @@ def load_config(ref: ModelRef) -> PretrainedConfig:
     try:
         if folder.suffix == ".gguf":
             folder = _once(ref, "config", lambda out: _convert_config(folder, out))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise BadInput(f"transformers cannot load the configuration of {ref.spec!r}: {error}", where="model") from error
+    if other := _not_causal(config):
+        raise BadInput(
+            f"{ref.spec!r} ({config.model_type}) is {other}", where="model", fix="Give a decoder-only language model"
+        )
+    return config
+
+
+def _not_causal(config: Any) -> str | None:
+    """What a model is whose tokens do not follow from those before them alone; transformers loads many as causal, and only warns."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.is_encoder_decoder:
+        return "a sequence-to-sequence model"
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # BERT, XLM
+    if config.model_type in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "cpmant", "xlnet"} and not decoder:
+        return "a model whose tokens see those after them, as an encoder's do"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "no causal language model that transformers knows"
+    text = config.get_text_config()
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return "set to see the tokens after each one, as in embedding models"
+    return None
 
 
 def load(
