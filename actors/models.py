@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -212,6 +212,22 @@ def remember(kind: str, key: list[Any], compute: Callable[[], str]) -> str:
     return value
 
 
+def rename(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, saving: bool = False) -> dict[str, torch.Tensor]:
+    """``tensors`` of a checkpoint by the names they have in ``model``, where transformers has others by now (GPT-NeoX: ``lm_head`` for
+    ``embed_out``); ``saving``: the way back, for readers that know only the names of the checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c) is WeightRenaming]
+    steps = [c.reverse_transform() for c in reversed(found)] if saving else found
+    out = {}
+    for name, tensor in tensors.items():
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        out[name] = tensor
+    return out
+
+
 def save_weights(model: torch.nn.Module, folder: Path) -> None:
     """A dense model as safetensors with its configuration; tensors that share memory (tied embeddings) are written once."""
     from huggingface_hub import save_torch_state_dict
@@ -223,7 +239,8 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
         model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what it was read from
     # By name: left to itself, the writer keeps lm_head and drops the embedding, which transformers 4 then misses.
     tied = getattr(model, "all_tied_weights_keys", {})
-    save_torch_state_dict({k: v for k, v in model.state_dict().items() if k not in tied}, folder, metadata={"format": "pt"})
+    tensors = rename(model, {k: v for k, v in model.state_dict().items() if k not in tied}, saving=True)
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CellError
+from ..models import rename
 from .base import Compressed, StoredLinear, element_bytes, packed_bytes, zero_bytes
 from .storing import layer_row, totals
 from .structure import clone, decoder_blocks, named_linears
@@ -33,7 +34,7 @@ def read_checkpoint(folder: Path, dense: nn.Module, *, pattern: str | None = Non
     """
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= rename(dense, load_file(file))
     scheme = _scheme(folder)
     stored = {s.name: s for s in _layers(tensors, scheme)}
     prefix, blocks = decoder_blocks(dense)
