@@ -153,6 +153,7 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer(ref)  # first: where there is none, weights are read for nothing
     folder = model_folder(ref, progress)
     with _loading(progress):
         try:
@@ -181,7 +182,7 @@ def load(
             where="model",
             fix="Give configuration and weights of one model",
         )
-    return model.eval(), load_tokenizer(ref)
+    return model.eval(), tokenizer
 
 
 def default_dtype() -> str:

@@ -108,6 +108,15 @@ def test_an_empty_directory_is_no_model(tmp_path):
         models.resolve(str(tmp_path))
 
 
+def test_a_missing_tokenizer_is_told_before_weights_are_read(folder, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    monkeypatch.setattr(models, "model_folder", lambda *_: pytest.fail("weights were asked for"))
+    with pytest.raises(BadInput, match="no tokenizer that transformers can load"):
+        models.load(models.resolve(str(copy)))
+
+
 def test_a_broken_checkpoint_is_bad_input(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "model.safetensors").write_bytes(b"not safetensors")
