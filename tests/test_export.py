@@ -13,6 +13,7 @@ from comptrust.actors.cell import Cell
 from comptrust.actors.compress import check, compress
 from comptrust.actors.compress.artifacts import ArtifactCache, dump, restore
 from comptrust.actors.compress.export import FORMATS, PACKED, _pack_awq, card, check_format, export, load_packed
+from comptrust.actors.compress.reading import read_checkpoint
 from comptrust.actors.errors import BadInput
 from comptrust.kernels.formats import unpack
 from safetensors.torch import load_file, save
@@ -392,3 +393,31 @@ def test_processes_share_a_cache(tmp_path):
     assert [w.exitcode for w in workers] == [0] * 4
     assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) <= 20_000
     assert not [p for p in tmp_path.glob(".*") if p.name != ".lock"]
+
+
+def neox(kind, **more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
+
+
+def test_weights_have_the_names_that_other_readers_know(tmp_path):
+    """transformers 5 calls the head of GPT-NeoX ``lm_head``; all that came before it, and the checkpoints on the hub, ``embed_out``."""
+    from transformers import AutoModelForCausalLM
+
+    compressed = compress(neox("gpt_neox"), "gptq", {"bits": 4, "group_size": 32}, TOKENS)
+    for format in ("dense", "gptq"):
+        folder = export(compressed, None, tmp_path / format, format=format).path
+        names = set(load_file(folder / "model.safetensors"))
+        assert "embed_out.weight" in names and "lm_head.weight" not in names
+        packed = format == "gptq"
+        again = read_checkpoint(folder, compressed.model).model if packed else AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(logits(again), logits(compressed.model))
+
+
+def test_gptqs_layout_leaves_the_head_whatever_it_is_called(tmp_path):
+    model = neox("gpt_neox_japanese", intermediate_multiple_size=2, tie_word_embeddings=False)
+    folder = export(compress(model, "rtn", {"bits": 4, "group_size": 32}), None, tmp_path / "out", format="gptq").path
+    assert torch.equal(load_file(folder / "model.safetensors")["embed_out.weight"], model.embed_out.weight)

@@ -108,6 +108,15 @@ def test_an_empty_directory_is_no_model(tmp_path):
         models.resolve(str(tmp_path))
 
 
+def test_a_missing_tokenizer_is_told_before_weights_are_read(folder, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    monkeypatch.setattr(models, "model_folder", lambda *_: pytest.fail("weights were asked for"))
+    with pytest.raises(BadInput, match="no tokenizer that transformers can load"):
+        models.load(models.resolve(str(copy)))
+
+
 def test_a_broken_checkpoint_is_bad_input(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "model.safetensors").write_bytes(b"not safetensors")
@@ -141,6 +150,32 @@ def test_a_configuration_that_is_not_that_of_the_weights_is_bad_input(folder, tm
     with pytest.raises(BadInput, match=f"(?s){says}"):
         models.load_config(models.resolve(str(copy)))
         models.load(models.resolve(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ({"model_type": "bert"}, r"\(bert\) is a model whose tokens see those after them"),
+        ({"model_type": "roberta", "is_decoder": False}, "whose tokens see those after them"),
+        ({"model_type": "t5"}, "a sequence-to-sequence model"),
+        ({"model_type": "bart"}, "a sequence-to-sequence model"),
+        ({"model_type": "vit"}, "no causal language model that transformers knows"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "set to see the tokens after each one"),
+        ({"model_type": "bert", "is_decoder": True}, None),
+        ({"model_type": "bart", "is_decoder": True, "is_encoder_decoder": False}, None),
+        ({"model_type": "llama", "is_decoder": False}, None),
+    ],
+)
+def test_what_is_no_causal_model_is_bad_input(folder, tmp_path, kind, says):
+    """transformers loads BERT and the decoder of BART without a word; their perplexity would be that of a model that sees the answer."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps(kind))
+    ref = models.resolve(str(copy))
+    if says is None:
+        assert models.load_config(ref).model_type == kind["model_type"]
+    else:
+        with pytest.raises(BadInput, match=says):
+            models.load_config(ref)
 
 
 class _Evil:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..models import rename
 from .artifacts import separate
 from .base import Compressed, StoredLinear
 
@@ -383,7 +384,8 @@ def _uniform(layers: Mapping[str, StoredLinear], format: str) -> tuple[int, int 
 
 def _check_gptq(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> tuple[int, int | None, bool]:
     """Width, group size and symmetry of all layers; BadInput where GPTQ's layout cannot hold the model."""
-    if others := [n for n in _others(compressed.model, layers) if n != "lm_head"]:
+    head = compressed.model.get_output_embeddings()
+    if others := [n for n in _others(compressed.model, layers) if compressed.model.get_submodule(n) is not head]:
         raise BadInput(f"GPTQ's layout has no place for dense layers ({others[0]})", where="--format", fix="Use auto")
     bits, group, symmetric = _uniform(layers, "gptq")
     step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
@@ -436,7 +438,7 @@ def _save(model: Any, tensors: Mapping[str, Tensor], quantization: dict[str, Any
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what it was read from
     tied = list(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors = separate({n: t.detach() for n, t in tensors.items() if n not in tied})
+    tensors = separate(rename(model, {n: t.detach() for n, t in tensors.items() if n not in tied}, saving=True))
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CellError
+from ..models import rename
 from .base import Compressed, StoredLinear, element_bytes, packed_bytes, zero_bytes
 from .storing import layer_row, totals
 from .structure import clone, decoder_blocks, named_linears
@@ -33,11 +34,12 @@ def read_checkpoint(folder: Path, dense: nn.Module, *, pattern: str | None = Non
     """
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= rename(dense, load_file(file))
     scheme = _scheme(folder)
     stored = {s.name: s for s in _layers(tensors, scheme)}
     prefix, blocks = decoder_blocks(dense)
     linears = named_linears(prefix, blocks)
+    stored |= {name: s for name in linears if name not in stored and (s := _fused(name, stored))}
     model = clone(dense)
     for name, parameter in dense.named_parameters():
         layer = name.removesuffix(".weight")
@@ -64,8 +66,24 @@ def read_checkpoint(folder: Path, dense: nn.Module, *, pattern: str | None = Non
         raise CellError(f"{len(missing)} layers were not compressed, {sorted(missing)[0]} among them")
     zeros = lambda name: float((model.get_submodule(name).weight == 0).float().mean()) if pattern is not None else None
     # The error column is relative to calibration inputs, which only the other library saw.
+    stored = {name: stored[name] for name in linears}
     rows = [layer_row(s, None, zeros(name)) for name, s in stored.items()]
     return totals(model, dense, stored, rows, pruned=pattern is not None)
+
+
+def _fused(name: str, stored: Mapping[str, StoredLinear]) -> StoredLinear | None:
+    """The one layer of Phi-3 and GLM whose halves GPTQModel writes apart; both see one input, so their groups are the same."""
+    stem, fused, _ = name.rpartition("gate_up_proj")
+    halves: list[Any] = [stored.get(f"{stem}{half}") for half in ("gate_proj", "up_proj")]
+    if not fused or None in halves:
+        return None
+    first, second = halves
+    join = lambda field: None if getattr(first, field) is None else torch.cat([getattr(h, field) for h in halves])
+    again = 0 if first.group_index is None else element_bytes(second.group_index)
+    return replace(
+        first, name=name, shape=(first.shape[0] + second.shape[0], first.shape[1]), codes=join("codes"), scale=join("scale"),
+        zero=join("zero"), size_bytes=first.size_bytes + second.size_bytes - again,
+    )  # fmt: skip
 
 
 def _scheme(folder: Path) -> dict[str, Any]:
