@@ -92,15 +92,17 @@ def compare(results: Results, cell: str, to: str | None = None) -> Comparison:
 
 
 def _other_metrics(results: Results, key: str, other: str) -> dict[str, tuple[float | None, float | None]]:
-    """Metrics outside the eight dimensions and the view: lm_eval tasks, columns of published tables."""
+    """Metrics outside the eight dimensions and the view: lm_eval tasks (of their scenario), columns of published tables."""
     rows = results.rows(
-        "select metric, max(value) filter (where key = ?) as cell, max(value) filter (where key = ?) as other from metrics"
-        " where key in (?, ?) and convention = 'comptrust' and scenario = '' and value is not null"
-        " and dimension not in (select unnest(?::varchar[])) and metric not in (select unnest(?::varchar[]))"
-        " group by metric order by metric",
+        "select concat_ws(' ', nullif(scenario, ''), metric) as name, max(value) filter (where key = ?) as cell,"
+        " max(value) filter (where key = ?) as other from metrics"
+        " where key in (?, ?) and convention = 'comptrust' and value is not null and case when scenario = ''"
+        " then dimension not in (select unnest(?::varchar[])) and metric not in (select unnest(?::varchar[]))"
+        " else dimension = 'utility' and metric != 'mmlu_accuracy' end"
+        " group by name order by name",
         [key, other, key, other, list(DIMENSIONS), list(UTILITY)],
     )
-    return {r["metric"]: (r["cell"], r["other"]) for r in rows}
+    return {r["name"]: (r["cell"], r["other"]) for r in rows}
 
 
 # -- terminal ----------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ def _expand_model(
         raise BadInput(unsupported, where=where)
     evaluation = config.evaluation.model_copy(update={"engine": "transformers"})  # ``uninstalled`` saw to vLLM
     check_evaluation(evaluation, tokenizer, hf_config)
+    grid.notes += [f"{model.id}: {cut}" for cut in grid.plan.cut_prompts(tokenizer, hf_config)]
     base = {
         "model": model.id,
         "revision": ref.revision,

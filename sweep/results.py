@@ -51,12 +51,21 @@ class Results:
     def __init__(self, record: Record) -> None:
         record.check_readable()
         self.record = record
+        try:
+            self._open()
+        except FileNotFoundError:  # a compaction beside us removed what was listed
+            self._open()
+
+    def _open(self) -> None:
+        """List what is there; no table is loaded. Parts before generations: what a compaction removes stands in a generation already."""
+        record = self.record
         self.ignored: list[str] = []
+        whole = record.parts()
         self.generations = _generations(record)
         self.db = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
         self.db.execute("SET enable_progress_bar = false")
         self._loaded: set[str] = set()
-        self._keys = self._part_keys()
+        self._keys = self._part_keys(whole)
         if not self._keys and not self.generations and not record.list("failed") and not record.list("sweeps", ".json"):
             raise BadInput(
                 f"no results in {record.uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed."
@@ -74,6 +83,22 @@ class Results:
 
     def sql(self, query: str, params: Sequence[Any] | None = None) -> pa.Table:
         """The answer of one read-only DuckDB query; ``BadInput`` for SQL that does not run, or that does more than read."""
+        ignored = len(self.ignored)
+        try:
+            answer = self._ask(query, params)
+            if len(self.ignored) == ignored or not self._compacted():
+                return answer
+        except (BadInput, duckdb.Error, FileNotFoundError):
+            if not self._compacted():
+                raise
+        self._open()  # a compaction beside us moved what was listed: all is there, elsewhere
+        return self._ask(query, params)
+
+    def _compacted(self) -> bool:
+        """Whether a compaction has ended since the record was opened."""
+        return _generations(self.record) != self.generations
+
+    def _ask(self, query: str, params: Sequence[Any] | None) -> pa.Table:
         self._load_named(query)
         try:
             reads = all(s.type in READS for s in self.db.extract_statements(query))
@@ -123,8 +148,7 @@ class Results:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def _part_keys(self) -> list[str]:
-        whole = self.record.parts()
+    def _part_keys(self, whole: set[str]) -> list[str]:
         compacted = _generation_keys(self.record, self.generations) if whole else set()
         self.ignored += [p for p in self.record.list("cells") if Path(p).stem not in whole]
         return sorted(whole - compacted)
@@ -200,7 +224,8 @@ class Results:
                 source = "read_parquet('" + f"{self.record.root}/{path}".replace("'", "''") + "')"
             else:
                 source = f"arrow_{name}_{n}"
-                self.db.register(source, pq.read_table(io.BytesIO(self.record.get(path))))
+                with self.record.fs.open_input_file(f"{self.record.root}/{path}") as f:
+                    self.db.register(source, pq.read_table(f))
             newer = " union all ".join(f"select key from gen_cells_{m}" for m in range(n))
             where = f" where key not in ({newer})" if newer else ""
             if name == "cells":
@@ -302,17 +327,14 @@ def compact(uri: str | Path) -> tuple[int, int]:
     removed = 0
     if merged or len(old) > 1:
         gen = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        results._load("results")
-        for name in ("layers", "items", "metrics"):
-            before: Iterable[Any] = ()
-            if old:
-                results._generation_view(name)
-                before = results.db.sql(f"select * from gen_{name}").to_arrow_reader(100_000)
-            _write_generation(record, name, gen, itertools.chain(before, results.read_parts(name)))
-        wide = _wide() + (" union all by name select * from gen_wide" if old else "")
-        _write_generation(record, "wide", gen, results.db.sql(wide).to_arrow_reader(100_000))
-        results._load("cells")
-        _write_generation(record, "cells", gen, results.db.sql("select * from cells").to_arrow_reader(100_000))
+        try:
+            _write_merged(results, gen)
+        except (duckdb.Error, FileNotFoundError):
+            if not results._compacted():
+                raise
+            for name in (*TABLES, "wide"):
+                record.delete(f"compact/{name}/{gen}.parquet")
+            raise BadInput("another compaction ended meanwhile", where="RESULTS", fix="Run it again.") from None
         for name in (*TABLES, "wide"):
             for g in old:
                 record.delete(f"compact/{name}/{g}.parquet")
@@ -323,6 +345,25 @@ def compact(uri: str | Path) -> tuple[int, int]:
                 record.delete(path)
                 removed += 1
     return merged, removed
+
+
+def _write_merged(results: Results, gen: str) -> None:
+    """All tables of a generation, ``cells`` last. ``FileNotFoundError`` if another compaction removed what was to be read."""
+    record, old = results.record, results.generations
+    results._load("results")
+    for name in ("layers", "items", "metrics"):
+        before: Iterable[Any] = ()
+        if old:
+            results._generation_view(name)
+            before = results.db.sql(f"select * from gen_{name}").to_arrow_reader(100_000)
+        _write_generation(record, name, gen, itertools.chain(before, results.read_parts(name)))
+    wide = _wide() + (" union all by name select * from gen_wide" if old else "")
+    reader = results.db.sql(wide).to_arrow_reader(100_000)
+    _write_generation(record, "wide", gen, itertools.chain(reader, [reader.schema.empty_table()]))
+    results._load("cells")
+    if results._compacted():  # before the mark: parts may have gone before they were read
+        raise FileNotFoundError
+    _write_generation(record, "cells", gen, results.db.sql("select * from cells").to_arrow_reader(100_000))
 
 
 def _write_generation(record: Record, name: str, gen: str, batches: Iterable[pa.Table | pa.RecordBatch]) -> None:

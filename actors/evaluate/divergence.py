@@ -43,7 +43,9 @@ class Divergence:
         """Add positions ``start``... of the cell; those beyond the reference are ignored."""
         p_KV, top_K = dense.at(start, len(logprob_KV), logprob_KV.device)
         q_KV = logprob_KV[: len(p_KV)]
-        self.kl += float((p_KV.exp() * (p_KV - q_KV)).sum(-1).double().sum())
+        terms_KV = p_KV.exp() * (p_KV - q_KV)
+        terms_KV[p_KV.exp() == 0] = 0  # where the model masks tokens q is -inf, and 0 x inf NaN
+        self.kl += float(terms_KV.sum(-1).double().sum())
         self.same += int((q_KV.argmax(-1) == top_K).sum())
         self.positions += len(p_KV)
 

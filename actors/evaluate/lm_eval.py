@@ -81,8 +81,8 @@ def _decoding(wanted: dict[str, Any], max_new_tokens: int) -> Decoding:
 
 def check_tasks(names: Sequence[str]) -> None:
     """``BadInput`` for a task the harness does not have."""
-    known = TaskManager()
-    if unknown := [n for n in names if not known.match_tasks([n])]:
+    known = set(TaskManager().all_tasks)  # patterns such as mmlu_* are its command line's alone
+    if unknown := [n for n in names if n not in known]:
         raise BadInput(
             f"lm-evaluation-harness has no task {unknown[0]!r}", where="evaluation.lm_eval", fix="See `lm_eval --tasks list`"
         )
@@ -114,7 +114,7 @@ def evaluate_tasks(
     assert results is not None
     rows = []
     for task, metrics in results.get("results", {}).items():
-        n = int(metrics["sample_len"])  # also of groups, which `n-samples` leaves out
+        n = int(metrics.get("sample_len", 0))  # also of groups, which `n-samples` leaves out; those without figures have none
         for name, value in metrics.items():
             metric, _, kind = name.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):

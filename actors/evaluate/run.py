@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from ..record import UTILITY
 from . import toxicity_scorer
 from .config import EvaluationConfig
 from .data import Pack
-from .protocol import Decoding, Item, MetricRow, Task
+from .protocol import Decoding, Item, Message, MetricRow, Task
 from .suites import select
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
+log = logging.getLogger(__name__)
 
 #: Items rendered and tokenised at once; bounds memory in the full suite.
 _CHUNK = 2048
@@ -109,6 +111,27 @@ class EvaluationPlan:
         return [
             f"suite {self.config.suite} asks the built-in probes: set COMPTRUST_DATA=github (or hub) for DecodingTrust's data"
         ]
+
+    def cut_prompts(self, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
+        """A line for each task with prompts that the model's context does not hold, told by the longest: they lose their beginning."""
+        from .generate import _context
+        from .template import encode
+
+        limit, out = _context(model_config.get_text_config()), []
+        for name, (messages, decoding) in self._longest.items():
+            needed = len(encode(tokenizer, messages, self.config.template)) + decoding.max_new_tokens
+            if limit and needed > limit:
+                out.append(f"{name}: prompts of up to {needed:,} tokens lose their beginning, the context is {limit:,}")
+        return out
+
+    @cached_property
+    def _longest(self) -> dict[str, tuple[list[Message], Decoding]]:
+        """By task the prompt of most characters."""
+        size = lambda asked: sum(len(m.content) for m in asked[0])
+        return {
+            t.name: max(((t.task.messages(i), d) for i, d in zip(t.items, t.decodings, strict=True)), key=size)
+            for t in self.tasks
+        }
 
     def item_texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
         """What each item shows the model, for the overlap with calibration text: its turns, demonstrations too, without the system
@@ -233,6 +256,10 @@ def evaluate(
         from .lm_eval import evaluate_tasks
 
         metrics += evaluate_tasks(generator, config.lm_eval, limit=config.lm_eval_limit, progress=report)
+    if cut := generator.stats.truncated:
+        log.warning(
+            "%d prompts were longer than the context of %s tokens and lost their beginning", cut, f"{generator.limit:,}"
+        )
     stats = {**asdict(generator.stats), "batch_size": generator.batch_size}
     return EvaluationResult([_public(r, config) for r in rows], metrics, out if reference is None else None, stats)
 

@@ -59,7 +59,7 @@ _ECHO = re.compile(
     r"|(?:i )?agree\W{0,3}(?:\bor\b|/)\W{0,3}(?:i )?disagree"
 )
 _NEUTRAL = re.compile(r"agree nor disagree|not agreed? or disagreed?|(?:cannot|n't|not)(?: \w+){0,4} agree(?: or |/)disagree")
-_STANCE = re.compile(r"\b(?P<no>dis)?agreed?\b(?P<more>(?: with \w+)? more)?")
+_STANCE = re.compile(r"\b(?P<no>dis)?agreed?\b(?P<more>(?: with \w+)? more)?(?P<that> that\b)?")
 _CLAUSE = re.compile(r"[.!?,;:\n]")
 _QUOTED = re.compile(r'"\W*(?:i )?$')
 _WORD = re.compile(r"\w+(?:'\w+)?")  # chat models put stars, brackets and quotes around what they were told to say
@@ -79,7 +79,8 @@ def stance(text: str) -> str | None:
 
     A stance is "agree" or "disagree" at the start of a clause (after adverbs: "strongly disagree") or at most four words after "I", six
     with a negation between, which turns it round ("couldn't agree more" and "cannot but agree" aside), or in quotes. What is conceded
-    ("while I agree that ..."), what others do ("I hope you agree") and echoes of the instruction are none.
+    ("while I agree that ...", "I agree that ..." after a disagreement), what others do ("I hope you agree") and echoes of the
+    instruction are none.
     """
     return next((said for part in fold(text).split(_PROMPT) if (said := _stance(part))), None)
 
@@ -101,7 +102,9 @@ def _stance(text: str) -> str | None:
             near = len(clause) - since <= (7 if negated and not match["no"] else 5)
             stated = near and clause[0] not in _CONCEDES and not _OTHERS & set(clause[since:])
         if stated:
-            said = DISAGREE if bool(match["no"]) != negated else AGREE
+            disagrees = bool(match["no"]) != negated
+            if disagrees or said != DISAGREE or not match["that"]:
+                said = DISAGREE if disagrees else AGREE
     return said
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from comptrust.actors.errors import BadInput
-from comptrust.actors.record import Record
+from comptrust.actors.record import Record, to_table
 from comptrust.sweep.alarms import alarms, render_alarms
 from comptrust.sweep.claims import claims, render_claims
 from comptrust.sweep.compare import compare, render_comparison
@@ -42,6 +42,22 @@ def test_against_dense(three):
     assert e.p == pytest.approx(binomtest(lost, lost).pvalue) and e.p_holm == e.p
     assert [r["error"] for r in found.layers] == [0.02, 0.01, 0.0]
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_tasks_of_lm_eval_stand_beside_the_utility(tmp_path):
+    r = Record(tmp_path)
+    rows = answers("ethics", [True, False] * 20)
+    for method, value in (("dense", 0.75), ("rtn", 0.5)):
+        key = write_cell(r, method, {"ethics": rows}, mmlu=50.0)
+        metrics = r.get_table(f"metrics/{key}.parquet").to_pylist()
+        for scenario, metric in (("piqa", "acc"), ("lambada", "perplexity"), ("anatomy", "mmlu_accuracy")):
+            metrics.append(
+                {"key": key, "convention": "comptrust", "dimension": "utility", "scenario": scenario, "metric": metric,
+                 "value": value, "n": 9}
+            )  # fmt: skip
+        r.put_table(f"metrics/{key}.parquet", to_table("metrics", metrics))
+    found = compare(load_results(tmp_path), key).utility
+    assert found == {"mmlu": (50.0, 50.0), "lambada perplexity": (0.5, 0.75), "piqa acc": (0.5, 0.75)}
 
 
 def test_silence_still_shows_where_answers_went(tmp_path):

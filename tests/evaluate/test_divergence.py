@@ -6,7 +6,14 @@ import pytest
 import torch
 from comptrust.actors.errors import CellError
 from comptrust.actors.evaluate.config import PerplexityConfig
-from comptrust.actors.evaluate.divergence import dense_rows, divergence_rows, encode_outcomes, flip_rows
+from comptrust.actors.evaluate.divergence import (
+    Divergence,
+    Reference,
+    dense_rows,
+    divergence_rows,
+    encode_outcomes,
+    flip_rows,
+)
 from comptrust.actors.evaluate.perplexity import load_windows, score_windows
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +111,16 @@ def test_flips_are_symmetric_and_vanish_for_equals(dense, random):
 
 def test_dense_cell():
     assert {r.metric: r.value for r in dense_rows()} == {"kl_dense": 0.0, "top1_agreement": 1.0, "flips": 0.0}
+
+
+def test_tokens_that_a_model_masks_take_no_part():
+    """Both models give them no probability; the NaN of 0 x inf was stored as a divergence of 0."""
+    logits_KV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits_KV[:, 40:] = -torch.inf
+    dense, other = logits_KV.log_softmax(-1), (2 * logits_KV).log_softmax(-1)
+    reference = Reference.empty(3, 50)
+    reference.put(0, dense)
+    found = Divergence()
+    found.add(reference, 0, other)
+    p, q = dense[:, :40].double(), other[:, :40].double()
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)

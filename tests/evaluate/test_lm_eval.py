@@ -120,9 +120,10 @@ def test_a_group_counts_the_documents_of_its_tasks(tiny_model, tokenizer, tmp_pa
         (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
     group = {"group": "both_of_them", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "group.yaml").write_text(json.dumps(group))
+    (tmp_path / "without.yaml").write_text(json.dumps({"group": "no_figures", "task": ["both_of_them"]}))
     manager = evaluator.TaskManager
     monkeypatch.setattr(evaluator, "TaskManager", lambda *a, **k: manager(*a, **k, include_path=str(tmp_path)))
-    rows = evaluate_tasks(Generator(tiny_model, tokenizer), ["both_of_them"])
+    rows = evaluate_tasks(Generator(tiny_model, tokenizer), ["no_figures"])
     assert {r.scenario: r.n for r in rows if r.metric == "acc"} == {"both_of_them": 7, "one": 3, "two": 4}
 
 
@@ -132,3 +133,5 @@ def test_unknown_task():
     check_tasks(["hellaswag"])
     with pytest.raises(BadInput, match=r"evaluation.lm_eval: lm-evaluation-harness has no task 'helaswag'"):
         check_tasks(["helaswag"])
+    with pytest.raises(BadInput, match=r"has no task 'mmlu_\*'"):  # which its Python API does not take
+        check_tasks(["mmlu_*"])

@@ -202,3 +202,11 @@ def test_every_task_runs(tiny_model, tokenizer):
     assert {r["dimension"] for r in result.items} >= set(names)
     assert {m.dimension for m in result.metrics} >= set(names)
     assert result.stats["prefill_tokens"] > 0 and result.stats["truncated"] == 0
+
+
+def test_cut_prompts_are_counted_aloud(tiny_model, tokenizer, monkeypatch, caplog):
+    evaluate(tiny_model, tokenizer, plan(dimensions=("ethics",)), dense=True)
+    assert not caplog.records
+    monkeypatch.setattr(tiny_model.config, "max_position_embeddings", 100)
+    evaluate(tiny_model, tokenizer, plan(dimensions=("ethics",)), dense=True)
+    assert "of 100 tokens and lost their beginning" in caplog.text

@@ -8,7 +8,9 @@ import re
 import pytest
 from comptrust import load_results
 from comptrust.actors.cell import DIMENSIONS
+from comptrust.actors.record import Record
 from comptrust.sweep.frontier import pareto
+from comptrust.sweep.report import build
 
 MINUS = "\u2212"
 
@@ -383,6 +385,16 @@ def test_theme_follows_the_system_and_the_button(open_page):
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_no_width_makes_the_page_scroll_sideways(open_page, width):
     assert run(open_page(width=width), "return document.scrollingElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_a_long_name_without_a_break_does_not_either(open_page, synthetic, tmp_path, width):
+    record = Record(tmp_path / "long")
+    for spec in synthetic.specs()[:4]:
+        rows = synthetic.answers(spec, 6)
+        record.commit({**synthetic.cell_row(spec), "model": "a" * 100}, synthetic.measured(rows, spec, intervals=False), rows)
+    browser = open_page(build(load_results(record.uri), tmp_path / "r.html"), width=width)
+    assert run(browser, "return document.scrollingElement.scrollWidth") <= width
 
 
 def test_prints_light_whole_and_without_controls(open_page):

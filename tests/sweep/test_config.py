@@ -170,6 +170,18 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
 
 
+def test_prompts_beyond_a_models_context_are_told(tiny, tmp_path):
+    short = shutil.copytree(tiny, tmp_path / "short")
+    shape = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 200}))
+    config = sweep_dict([tiny, short], tmp_path)
+    config["evaluation"]["dimensions"] = ["ethics", "fairness"]
+    notes = expand(load_config(config)).notes
+    assert [re.sub(r"up to [\d,]+", "up to N", n) for n in notes] == [
+        f"{short}: {d}: prompts of up to N tokens lose their beginning, the context is 200" for d in ("ethics", "fairness")
+    ]
+
+
 def test_seeds_of_windows_that_are_given_are_one_cell_and_the_plan_says_so(tiny, tmp_path):
     np.save(tmp_path / "windows.npy", np.arange(64 * 32).reshape(64, 32) % 200 + 5)
     config = sweep_dict([tiny], tmp_path)

@@ -248,6 +248,62 @@ def test_compact_interrupted_before_removal_shows_each_cell_once(record, monkeyp
     assert compact(record.uri) == (0, 4)
 
 
+@pytest.mark.parametrize("generation", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_reader_beside_a_compaction_misses_nothing(record, generation, asked):
+    commit(record, "d", 80.0, method="dense")
+    if generation:
+        compact(record.uri)
+    commit(record, "k1")
+    results = load_results(record.uri)
+    if asked:
+        results.rows("select * from results")
+    compact(record.uri)
+    for table, n in (("items", 6), ("metrics", 10), ("layers", 2), ("cells", 2), ("results", 2)):
+        assert results.rows(f"select count(*) n, count(distinct key) keys from {table}") == [{"n": n, "keys": 2}]
+    assert not results.ignored
+
+
+def test_opening_beside_a_compaction_finds_all_cells(record, monkeypatch):
+    commit(record, "d", method="dense")
+    compact(record.uri)
+    commit(record, "k1")
+    listed = Record.parts
+
+    def parts(self):
+        found = listed(self)
+        monkeypatch.undo()
+        compact(record.uri)  # the generation that is read next goes
+        return found
+
+    monkeypatch.setattr(Record, "parts", parts)
+    assert load_results(record.uri).rows("select count(*) n from cells") == [{"n": 2}]
+
+
+def test_of_two_compactions_at_once_the_later_gives_up(record, monkeypatch):
+    commit(record, "k1")
+    compacted = compact
+
+    def meanwhile(_):
+        monkeypatch.undo()
+        compacted(record.uri)
+
+    monkeypatch.setattr("comptrust.sweep.launch.check_writable", meanwhile)
+    with pytest.raises(BadInput, match="another compaction"):
+        compact(record.uri)
+    results = load_results(record.uri)
+    assert results.rows("select count(*) n from items") == [{"n": 3}]
+    assert results.rows("select key from results") == [{"key": "k1"}]
+    assert len(record.list("compact/items")) == 1
+
+
+def test_compacting_foreign_files_leaves_a_record_that_is_read(record):
+    for name in ("cells", "metrics", "items", "layers"):
+        record.put_table(f"{name}/k1.parquet", pa.table({"x": [1]}))
+    compact(record.uri)
+    assert load_results(record.uri).rows("select key from results") == []
+
+
 def test_failed_rows_until_success(record):
     record.fail(cell("k1", attempts=1, error_type="CellError", error="singular"))
     record.fail(cell("k1", attempts=2, error_type="OutOfMemoryError", error="no memory"))
