@@ -43,8 +43,8 @@ class Divergence:
         """Add positions ``start``... of the cell; those beyond the reference are ignored."""
         p_KV, top_K = dense.at(start, len(logprob_KV), logprob_KV.device)
         q_KV = logprob_KV[: len(p_KV)]
-        terms_KV = p_KV.exp() * (p_KV - q_KV)
-        terms_KV[p_KV.exp() == 0] = 0  # where the model masks tokens q is -inf, and 0 x inf NaN
+        weight_KV = p_KV.exp()
+        terms_KV = (weight_KV * (p_KV - q_KV)).masked_fill_(weight_KV == 0, 0)  # masked tokens: q is -inf, and 0 x inf NaN
         self.kl += float(terms_KV.sum(-1).double().sum())
         self.same += int((q_KV.argmax(-1) == top_K).sum())
         self.positions += len(p_KV)
@@ -94,7 +94,7 @@ def divergence_rows(scores: Divergence) -> list[MetricRow]:
         return []
     n = scores.positions
     # Rounding can leave a mean of -1e-9 where the models are the same.
-    kl = MetricRow("comptrust", DIVERGENCE, "", "kl_dense", max(0.0, scores.kl / n), n)
+    kl = MetricRow("comptrust", DIVERGENCE, "", "kl_dense", max(scores.kl / n, 0.0), n)  # in this order NaN stays NaN
     return [kl, MetricRow("comptrust", DIVERGENCE, "", "top1_agreement", scores.same / n, n)]
 
 
