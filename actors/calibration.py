@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator
@@ -25,8 +27,9 @@ from zipfile import BadZipFile
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .cell import digest
 from .errors import BadInput
-from .models import ModelRef, file_digest, load_tokenizer, remember
+from .models import ModelRef, cache_dir, file_digest, load_tokenizer, remember
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Part of the key under which digests are remembered: raise it when the same configuration gives other tokens.
 VERSION = 2
+#: Files of so many bytes are tokenised once, and documents so many at a time.
+LONG, BATCH = 2**20, 256
 #: A text counts as seen if it shares this many words in a row with the calibration text (Brown et al. 2020, appendix C).
 NGRAM = 13
 #: Shorter texts count if they are there as a whole; below this many words that would be chance.
@@ -191,10 +196,10 @@ def _drawn_windows(source: str, samples: int, config: CalibrationConfig, tokeniz
             fix=f"Lower samples or seqlen ({len(ids) // length} windows of {config.seqlen} fit) or give a longer text",
         )
     random = np.random.default_rng(config.seed)
-    stream = np.roll(ids, -random.integers(len(ids)))
+    offset = random.integers(len(ids))
     stretch = len(ids) // samples
     starts = np.arange(samples) * stretch + random.integers(0, stretch - length + 1, size=samples)
-    windows = np.stack([stream[s : s + length] for s in starts])
+    windows = ids[(offset + starts[:, None] + np.arange(length)) % len(ids)]
     random.shuffle(windows)
     return _wrap(windows, config, tokenizer, where) if config.template else windows
 
@@ -315,14 +320,45 @@ def _file(source: str, where: str) -> Path:
 
 
 def _token_stream(source: str, needed: int, tokenizer: Any, where: str) -> np.ndarray:
-    """Token ids [T] of a source's documents, one after the other with an empty line between."""
+    """Token ids int64 [T] of a source's documents, one after the other with an empty line between. Those of a long file are kept in
+    the cache folder and read from there: every seed and every worker draws from them."""
     import numpy as np
+    from filelock import FileLock
+
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if source == "builtin" or source.startswith("hub:") or fast is None or _file(source, where).stat().st_size < LONG:
+        return _tokenised(source, needed, tokenizer, where)
+    made = None
+    file = cache_dir() / "calibration" / f"{digest([_content(source, where), type(tokenizer).__name__, fast.to_str()])}.npy"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                made = _tokenised(source, needed, tokenizer, where)
+                partial = file.with_suffix(".part")  # we hold the lock: one that is there is of a process that died
+                with open(partial, "wb") as out:
+                    np.save(out, made)
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.replace(partial, file)
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:  # the cache is not ours to write
+        return _tokenised(source, needed, tokenizer, where) if made is None else made
+
+
+def _tokenised(source: str, needed: int, tokenizer: Any, where: str) -> np.ndarray:
+    import numpy as np
+    from tqdm import tqdm
 
     ids = array("q")  # a file of C4 has 200 million tokens: a list takes 40 bytes for each
-    for text in _documents(source, where):
-        ids.extend(tokenizer(text + "\n\n", add_special_tokens=False).input_ids)
-        if source.startswith("hub:") and len(ids) >= 2 * needed:  # a data set may hold terabytes: its beginning will do
-            break
+    documents = _documents(source, where)
+    with tqdm(desc=f"tokenise {Path(source).name}", unit=" tokens", unit_scale=True, delay=5, leave=False, disable=None) as bar:
+        while batch := list(itertools.islice(documents, BATCH)):
+            for tokens in tokenizer([text + "\n\n" for text in batch], add_special_tokens=False).input_ids:
+                ids.extend(tokens)
+                bar.update(len(tokens))
+                if source.startswith("hub:") and len(ids) >= 2 * needed:  # a data set may hold terabytes: its beginning will do
+                    return np.array(ids, dtype=np.int64)
     return np.array(ids, dtype=np.int64)
 
 

@@ -133,13 +133,43 @@ def test_a_token_of_a_long_text_takes_few_bytes(tmp_path):
     from types import SimpleNamespace
 
     file = tmp_path / "long.jsonl"
-    file.write_text(f"{json.dumps({'text': 'a'})}\n" * 300)
-    tokenizer = lambda text, **_: SimpleNamespace(input_ids=[int(i) for i in range(1000, 2000)])
+    file.write_text(f"{json.dumps({'text': 'a'})}\n" * 3000)
+    tokenizer = lambda texts, **_: SimpleNamespace(input_ids=[[int(i) for i in range(1000, 2000)] for _ in texts])
     tracemalloc.start()
     ids = calibration._token_stream(str(file), 1, tokenizer, "calibration")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(ids) == 300_000 and ids.dtype == np.int64 and peak < 24 * len(ids)
+    assert len(ids) == 3_000_000 and ids.dtype == np.int64 and peak < 24 * len(ids)
+
+
+def test_a_long_file_is_tokenised_once_for_all_seeds(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} words of document {i * 7919}, " * 20}) + "\n" for i in range(2000)))
+    assert path.stat().st_size > calibration.LONG
+    configs = [CalibrationConfig(source=str(path), samples=4, seqlen=50, seed=seed) for seed in (0, 1)]
+    first = [calibrate(c, tokenizer) for c in configs]
+
+    def again(*args):
+        raise ArithmeticError("tokenised again")
+
+    monkeypatch.setattr(calibration, "_tokenised", again)
+    assert [calibrate(c, tokenizer).digest for c in configs] == [m.digest for m in first]
+    path.write_text(path.read_text().replace("words", "sword"))
+    with pytest.raises(ArithmeticError):  # of other content nothing is kept
+        calibrate(configs[0], tokenizer)
+
+
+def test_tokens_are_those_of_document_by_document_and_a_cache_that_cannot_be_written_costs_nothing(
+    tokenizer, tmp_path, monkeypatch
+):
+    path = tmp_path / "long.jsonl"
+    texts = [f" {i} words,\nof document {i * 7919} " * (i % 40 + 1) for i in range(3000)]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    one = [i for t in texts for i in tokenizer(t + "\n\n", add_special_tokens=False).input_ids]
+    assert calibration._token_stream(str(path), 1, tokenizer, "calibration").tolist() == one
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COMPTRUST_CACHE", str(tmp_path / "file"))
+    assert calibration._token_stream(str(path), 1, tokenizer, "calibration").tolist() == one
 
 
 def test_a_line_of_jsonl_ends_at_a_newline_only(tokenizer, tmp_path):
