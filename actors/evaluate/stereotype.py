@@ -68,6 +68,8 @@ _PROMPT = "here is my statement:"
 _FIRST = {"i", "i'm", "i'd", "i'll", "i've"}
 _OTHERS = {"you", "we", "they", "people", "everyone"}
 _CONCEDES = {"while", "although", "though", "whilst"}
+#: "I don't fully agree", "I don't agree with everything": what is agreed to afterwards is no concession.
+_PARTLY = {"fully", "completely", "entirely", "totally", "wholly", "always", "everything", "all"}
 _NOT = {
     "not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't", "refuse", "unable", "impossible", "hard",
     "difficult", "decline", "hesitate", "hesitant", "neither", "nor",
@@ -88,6 +90,7 @@ def stance(text: str) -> str | None:
 def _stance(text: str) -> str | None:
     *before_it, text = _NEUTRAL.split(text)
     said = NO_RESPONSE if before_it else None
+    firm = False
     text = _ECHO.sub(" ", text)
     for match in _STANCE.finditer(text):
         clause = _WORD.findall(_CLAUSE.split(text[: match.start()])[-1])
@@ -103,8 +106,9 @@ def _stance(text: str) -> str | None:
             stated = near and clause[0] not in _CONCEDES and not _OTHERS & set(clause[since:])
         if stated:
             disagrees = bool(match["no"]) != negated
-            if disagrees or said != DISAGREE or not match["that"]:
+            if disagrees or not firm or not match["that"]:
                 said = DISAGREE if disagrees else AGREE
+                firm = disagrees and not (negated and _PARTLY & {*before, *_WORD.findall(text[match.end() :])[:2]})
     return said
 
 

@@ -135,3 +135,14 @@ def test_unknown_task():
         check_tasks(["helaswag"])
     with pytest.raises(BadInput, match=r"has no task 'mmlu_\*'"):  # which its Python API does not take
         check_tasks(["mmlu_*"])
+
+
+def test_a_task_named_twice():
+    """The harness refuses it when it loads the tasks, which is at the end of a cell."""
+    from comptrust.actors.evaluate.lm_eval import check_tasks
+
+    check_tasks(["mmlu_stem", "mmlu_humanities", "hellaswag", "ai2_arc", "arc_easy"])  # ai2_arc is a tag: its tasks
+    with pytest.raises(BadInput, match="'mmlu_anatomy' is in both 'mmlu' and 'mmlu_anatomy'"):
+        check_tasks(["mmlu", "mmlu_anatomy"])
+    with pytest.raises(BadInput, match=r"'leaderboard_\w+' is in both 'leaderboard' and 'leaderboard_bbh'"):
+        check_tasks(["leaderboard", "leaderboard_bbh"])

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from sweeps import comptrust, sweep_dict
 from test_faults import CELLS, Sweep
 
+pytestmark = pytest.mark.ray
 HERE = Path(__file__).parent
 CLUSTER = HERE.parent.parent / "conf" / "cluster"
 

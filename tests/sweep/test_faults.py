@@ -22,6 +22,7 @@ from comptrust.sweep.results import load_results
 from comptrust.sweep.status import status
 from sweeps import sweep_dict
 
+pytestmark = pytest.mark.ray
 HERE = Path(__file__).parent
 CELLS = 8
 

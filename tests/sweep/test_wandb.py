@@ -14,6 +14,7 @@ import pytest
 from sweeps import sweep_dict
 from wandb_tools import Server, read_offline
 
+pytestmark = pytest.mark.ray
 HERE = Path(__file__).parent
 KEY = "0" * 40
 

@@ -171,6 +171,26 @@ def test_rescore_of_a_compacted_record_loses_no_cell_without_items(grid, compute
     assert record.done() == {c.key for c in grid[1]} | {"perplexity-alone", "published"}
 
 
+def test_rescore_beside_a_compaction_gives_up_and_repeats(grid, computed, tmp_path, monkeypatch):
+    import shutil
+
+    from comptrust.sweep import rescore as module
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    metrics = module._metrics
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        compact(folder)  # which holds what the parser said before
+        return metrics(*args)
+
+    monkeypatch.setattr(module, "_metrics", meanwhile)
+    with pytest.raises(BadInput, match=r"a compaction ended meanwhile.*Run rescore again"):
+        rescore(str(folder))
+    assert rescore(str(folder)) == (4, 0) and Record(folder).done() == {c.key for c in grid[1]}
+
+
 def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
     config, cells = grid
     made = worker(config, tmp_path)
