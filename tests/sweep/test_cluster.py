@@ -17,6 +17,7 @@ from comptrust.sweep.results import load_results
 from ruamel.yaml import YAML
 from sweeps import comptrust, sweep_dict
 from test_faults import CELLS, Sweep
+from wandb_tools import Server
 
 pytestmark = pytest.mark.ray
 HERE = Path(__file__).parent
@@ -228,6 +229,22 @@ def test_a_worker_without_room_gives_its_cell_up(tiny, tmp_path, cluster):
     code, outcome, err = sweep.finish()
     assert code == 0 and outcome["done"] == CELLS, err
     sweep.check()
+
+
+@pytest.mark.slow
+def test_the_drivers_wandb_server_is_told_to_the_node_and_its_key_is_not(tiny, tmp_path, monkeypatch, request):
+    """The node has a key of its own, the driver another, and only the driver says where the server is."""
+    monkeypatch.setenv("WANDB_API_KEY", "1" * 40)
+    cluster = request.getfixturevalue("cluster")
+    wandb = {"mode": "online", "init_timeout_s": 20, "finish_timeout_s": 20}
+    sweep = OnCluster(tiny, tmp_path, cluster.address, wandb=wandb, methods=[{"method": "rtn", "bits": 4, "group_size": 32}])
+    with Server() as server:
+        sweep.env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "2" * 40, "NO_PROXY": "127.0.0.1"}
+        code, outcome, err = sweep.finish()
+        assert code == 0 and outcome["done"] == 2, err
+        keys = json.loads((sweep.results / "sweeps" / f"{outcome['sweep']}.json").read_text())["keys"]
+        assert {f"{outcome['sweep']}-{k}" for k in keys} <= set(server.runs)
+        assert server.passwords == {"api:" + "1" * 40}
 
 
 def test_kuberay_file_starts_a_sweep(tiny, tmp_path, cluster):

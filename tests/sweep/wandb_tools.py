@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import re
@@ -106,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         data = self.body()
         self.server.calls += 1
+        if given := self.headers.get("Authorization"):
+            self.server.passwords.add(base64.b64decode(given.removeprefix("Basic ")).decode())
         if self.bad():
             return
         if self.path == "/graphql":
@@ -168,6 +171,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, mode: str = "ok") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode, self.runs, self.files, self.calls = mode, {}, {}, 0
+        self.passwords: set[str] = set()  # as "api:KEY"
         self.dies_after = 1_000_000  # runs begun before it stops to answer
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
