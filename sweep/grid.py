@@ -38,8 +38,10 @@ class Grid:
         return [c.key for c in self.cells]
 
 
-def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None, *, installed: bool = True) -> Grid:
-    """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights.
+def expand(
+    config: SweepConfig, progress: Callable[[str, int, int], None] | None = None, *, installed: bool = True, commit: str = ""
+) -> Grid:
+    """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights. ``commit``: what hub models were found at.
 
     Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data; and for
     ``uninstalled`` environments unless ``installed`` is False: to list cells takes none.
@@ -57,7 +59,7 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
     for i, model in enumerate(config.models):
         if progress:
             progress("models", i, len(config.models))
-        _expand_model(config, i, model, blocks, grid)
+        _expand_model(config, i, model, blocks, grid, commit)
     if progress:
         progress("models", len(config.models), len(config.models))
     grid.notes += [f"exclude[{i}] fits no cell: {rule}" for i, rule in enumerate(config.exclude) if i not in grid.used]
@@ -157,16 +159,24 @@ def excluded(config: SweepConfig, facts: dict[str, Any]) -> list[int]:
 
 
 def _expand_model(
-    config: SweepConfig, index: int, model: ModelConfig, blocks: list[tuple[MethodConfig, list[dict[str, Any]]]], grid: Grid
+    config: SweepConfig,
+    index: int,
+    model: ModelConfig,
+    blocks: list[tuple[MethodConfig, list[dict[str, Any]]]],
+    grid: Grid,
+    commit: str,
 ) -> None:
     from ..actors import compress, models
     from ..actors.compress import backends
     from ..actors.evaluate.run import check_evaluation
 
     where = f"models[{index}].id"
-    ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin)
-    tokenizer = models.load_tokenizer(ref)
-    hf_config = models.load_config(ref)
+    ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin, commit=commit)
+    try:
+        tokenizer = models.load_tokenizer(ref)
+        hf_config = models.load_config(ref)
+    except BadInput as e:
+        raise BadInput(e.problem, where=where, fix=e.fix) from e
     dtype = model.dtype or default_dtype()
     if unsupported := compress.incompatible("dense", {}, hf_config):
         raise BadInput(unsupported, where=where)
