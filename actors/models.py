@@ -425,13 +425,23 @@ def _download(ref: ModelRef, *, weights: bool) -> Path:
     patterns = _TOKENIZER + (kinds if weights else [])
     twice = ["*/*.safetensors", "consolidated*.safetensors"]
     try:
-        return Path(snapshot_download(repo, revision=ref.revision, allow_patterns=patterns, ignore_patterns=twice))
+        folder = Path(snapshot_download(repo, revision=ref.revision, allow_patterns=patterns, ignore_patterns=twice))
     except (TransportError, OSError) as error:
         raise BadInput(
             f"cannot download {repo} at {ref.revision}: {str(error).strip() or type(error).__name__}",
             where="model",
             fix="Try again: what is there already is kept",
         ) from error
+    if weights:
+        _verify(folder)
+    return folder
+
+
+def _verify(folder: Path) -> None:
+    """The hub's library compares sizes alone. It stores a large file under the SHA-256 that the hub states, which is read once."""
+    for file in map(Path.resolve, sorted(folder.iterdir())):
+        if re.fullmatch("[0-9a-f]{64}", file.name) and file_digest(file) != file.name:
+            raise BadInput(f"{file} is damaged: its SHA-256 is not its name", where="model", fix="Delete it and start again")
 
 
 def _once(ref: ModelRef, part: str, convert: Callable[[Path], None]) -> Path:

@@ -446,12 +446,12 @@ def test_what_was_read_by_branch_is_found_without_the_hub(hub, folder, tmp_path,
     assert models.resolve(spec).revision == ref.revision
 
 
-def test_weights_are_not_fetched_twice_nor_errors_hidden(monkeypatch):
+def test_weights_are_not_fetched_twice_nor_errors_hidden(tmp_path, monkeypatch):
     """Other layouts of the same weights (``original/``, Mistral's ``consolidated``) are as large as the model."""
     from huggingface_hub.utils import filter_repo_objects
 
     asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **more: asked.update(more) or "/nowhere")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **more: asked.update(more) or str(tmp_path))
     ref = models.ModelRef("org/name@main", "hub", "a" * 40)
     models._download(ref, weights=True)
     there = [
@@ -471,6 +471,21 @@ def test_weights_are_not_fetched_twice_nor_errors_hidden(monkeypatch):
     for load in (models.load_tokenizer, models.load_config, models.load):
         with pytest.raises(BadInput, match=f"cannot download org/name at {'a' * 40}: cut"):
             load(ref)
+
+
+def test_weights_that_were_damaged_on_their_way_are_not_used(folder, tmp_path, monkeypatch):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("a" * 40)
+    blobs.mkdir()
+    shutil.copytree(folder, snapshot)
+    blob = blobs / models.file_digest(snapshot / "model.safetensors")
+    shutil.move(snapshot / "model.safetensors", blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    ref = models.ModelRef("org/name", "hub", "a" * 40)
+    models.load(ref)
+    blob.write_bytes(blob.read_bytes()[:-4] + b"\0\0\0\7")
+    with pytest.raises(BadInput, match=f"{blob.name} is damaged.*Delete it"):
+        models.load(ref)
 
 
 def test_a_model_with_code_of_its_own_is_told_so(folder, tmp_path):
