@@ -194,6 +194,7 @@ def _expand_model(
     dense = Cell(**base, method="dense")
     if twin := next((c for c in grid.cells if c.key == dense.key), None):
         raise BadInput(f"{model.id!r} in {dtype} is {twin.model!r} again", where=where, fix="Name a model once in each dtype.")
+    digests: dict[str, str] = {}
     grid.need[held(dense)] = model
     grid.cells.append(dense)
     for i, (block, combinations) in enumerate(blocks):
@@ -202,7 +203,7 @@ def _expand_model(
         known = compress.METHODS[block.method]
         foreign = block.backend != "comptrust"
         backend = block.backend if foreign else known.backend
-        calibrations = _with_digests(config.calibrations(i), ref) if known.needs_calibration else [(None, None, "")]
+        calibrations = _with_digests(config.calibrations(i), ref, digests) if known.needs_calibration else [(None, None, "")]
         for params in combinations:
             if foreign:
                 reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
@@ -240,11 +241,21 @@ def _enough(calibration: dict[str, Any], needed: int, label: str, where: str) ->
         )
 
 
-def _with_digests(calibrations: list[tuple[CalibrationConfig, str]], ref: Any) -> list[tuple[dict[str, Any], str, str]]:
-    """Each calibration as plain data, the digest of its tokens, and where it is written."""
+def _with_digests(
+    calibrations: list[tuple[CalibrationConfig, str]], ref: Any, digests: dict[str, str]
+) -> list[tuple[dict[str, Any], str, str]]:
+    """Each calibration as plain data, the digest of its tokens, and where it is written. ``digests``: those of the model so far."""
     from ..actors.calibration import calibration_digest
 
-    return [(c.model_dump(mode="json"), calibration_digest(c, ref, where=at), at) for c, at in calibrations]
+    out = []
+    for c, at in calibrations:
+        spec = c.model_dump(mode="json")
+        if (
+            key := canonical(spec)
+        ) not in digests:  # methods share one, and a data set without a commit is read for each digest
+            digests[key] = calibration_digest(c, ref, where=at)
+        out.append((spec, digests[key], at))
+    return out
 
 
 def held(cell: Cell) -> str:

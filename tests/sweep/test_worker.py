@@ -363,6 +363,18 @@ def test_a_branch_that_moves_leaves_worker_plan_and_export_at_the_commit(tiny, t
     assert [m["revision"] for m in plans.plan(config)["models"]] == ["c" * 40]
 
 
+def test_a_dataset_is_read_once_for_all_methods_of_a_plan(tiny, tmp_path, monkeypatch):
+    """Once for every block of methods: 40 times C4 in `plan beyond_perplexity`, and what changed meanwhile made methods differ."""
+    from comptrust.actors import calibration
+
+    read = []
+    monkeypatch.setattr(calibration, "_dataset", lambda *_: read.append(1) or iter([f"text {i} " * 40 for i in range(99)]))
+    written = sweep_dict([tiny], tmp_path / "record")
+    written["methods"] = [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 4, "group_size": 32}]
+    written["calibration"] = {"source": "hub:org/name:train:text", "samples": 4, "seqlen": 64, "seed": [0, 1]}
+    assert len(expand(load_config(written)).cells) == 5 and len(read) == 2
+
+
 def test_a_model_that_cannot_be_read_is_named_by_its_place(tiny, tmp_path):
     import shutil
 
