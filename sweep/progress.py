@@ -24,7 +24,7 @@ class View:
     """``quiet`` shows nothing and still keeps the figures that `status` reads."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet)
+        self.console = console or Console(stderr=True, quiet=quiet, emoji=False)
         if not self.console.is_terminal:
             self.console.width = 200  # a log has no width to fold at
         self.live: Live | None = None

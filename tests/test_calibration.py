@@ -259,6 +259,35 @@ def test_a_dataset_folder_is_read_by_datasets(tokenizer, tmp_path, monkeypatch):
         calibrate(CalibrationConfig(source="hub:org/name:train:nothing", samples=3, seqlen=40), tokenizer)
 
 
+def test_a_field_of_a_dataset_holds_text(tokenizer, tmp_path, monkeypatch):
+    """A chat's list of messages ended in a traceback, and so did a row without text."""
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    rows = [{"messages": [{"role": "user"}], "text": None if i == 1 else f"row {i} " * 40} for i in range(30)]
+    (tmp_path / "org" / "name" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    calibrate(CalibrationConfig(source="hub:org/name:train:text", samples=3, seqlen=40), tokenizer)
+    with pytest.raises(BadInput, match=r"source: field 'messages' of org/name holds list. Name a text field"):
+        calibrate(CalibrationConfig(source="hub:org/name:train:messages", samples=3, seqlen=40), tokenizer)
+    (tmp_path / "org" / "name" / "train.jsonl").unlink()
+    (tmp_path / "org" / "name" / "name.py").write_text("raise SystemExit")
+    with pytest.raises(BadInput, match="scripts are no longer supported"):
+        calibrate(CalibrationConfig(source="hub:org/name:train:text", samples=3, seqlen=40), tokenizer)
+
+
+def test_a_dataset_at_a_commit_is_read_once_for_all_seeds(tokenizer, monkeypatch):
+    read = []
+    monkeypatch.setattr(calibration, "_dataset", lambda *_: read.append(1) or iter([f"text {i} " * 40 for i in range(99)]))
+    config = CalibrationConfig(source=f"hub:org/name@{'a' * 40}:train:text", samples=3, seqlen=40)
+    for seed in (0, 1, 0):
+        calibrate(config.model_copy(update={"seed": seed}), tokenizer)
+    assert len(read) == 1
+    calibrate(config.model_copy(update={"samples": 6}), tokenizer)  # needs more of it
+    assert len(read) == 2
+    for _ in range(2):
+        calibrate(CalibrationConfig(source="hub:org/name:train:text", samples=3, seqlen=40), tokenizer)
+    assert len(read) == 4
+
+
 def _save(path, array):
     np.save(path, array, allow_pickle=True)
 

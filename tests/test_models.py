@@ -345,9 +345,13 @@ def test_the_packaged_model_is_smollm2():
 class _Hub(BaseHTTPRequestHandler):
     files = ("config.json", "model.safetensors")
     gated = False
+    refuses = None
+    sha = "a" * 40
 
     def do_GET(self):
         path = self.path.split("?")[0]
+        if self.refuses:
+            return self._send(self.refuses, {"error": "Invalid credentials in Authorization header"})
         if path.startswith("/api/models/org/gone"):
             return self._send(404, {"error": "Repository not found"}, code="RepoNotFound")
         if path.endswith("/auth-check"):
@@ -357,7 +361,7 @@ class _Hub(BaseHTTPRequestHandler):
         if path.startswith("/api/models/org/name"):
             siblings = [{"rfilename": f} for f in self.files]
             return self._send(
-                200, {"id": "org/name", "sha": "a" * 40, "gated": "auto" if self.gated else False, "siblings": siblings}
+                200, {"id": "org/name", "sha": self.sha, "gated": "auto" if self.gated else False, "siblings": siblings}
             )
         return self._send(404, {"error": "?"})
 
@@ -366,6 +370,8 @@ class _Hub(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if status == 401:
+            self.send_header("X-Error-Message", body["error"])
         if code:
             self.send_header("X-Error-Code", code)
         self.end_headers()
@@ -375,7 +381,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     import huggingface_hub.constants
@@ -385,6 +391,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     yield server.RequestHandlerClass
     server.shutdown()
 
@@ -403,12 +410,93 @@ def test_a_hub_model_is_named_by_its_commit(hub):
         ("org/name", ["pytorch_model.bin"], False, "allow_bin"),
         ("org/name", ["model.q4.gguf"], False, "GGUF files only"),
         ("org/name", ["README.md"], False, "no weights"),
+        ("org/name", ["config.json", "original/model.safetensors"], False, "no weights"),
+        ("org/name", ["adapter_config.json", "adapter_model.safetensors"], False, "no config.json.*adapter"),
     ],
 )
 def test_what_the_hub_cannot_give_is_said(hub, spec, files, gated, says):
     hub.files, hub.gated = files, gated
     with pytest.raises(BadInput, match=says):
         models.resolve(spec)
+
+
+def test_a_revision_may_have_a_slash(hub):
+    assert models.resolve("org/name@refs/pr/1").revision == "a" * 40
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_the_hub_refuses_is_no_lost_network(hub, status):
+    hub.refuses = status
+    with pytest.raises(BadInput, match=rf"refuses org/name with this token \(HTTP {status}\).*HF_TOKEN"):
+        models.resolve("org/name")
+
+
+def test_a_commit_found_before_holds_though_its_branch_moves(hub):
+    before = models.resolve("org/name").revision
+    hub.sha = "b" * 40
+    assert models.resolve("org/name").revision == "b" * 40
+    assert models.resolve("org/name", commit=before).revision == before
+
+
+@pytest.mark.parametrize("spec", ["org/name", "org/name@v1", "org/name@refs/pr/1"])
+def test_what_was_read_by_branch_is_found_without_the_hub(hub, folder, tmp_path, monkeypatch, spec):
+    ref = models.resolve(spec)
+    shutil.copytree(folder, tmp_path / "hub" / "models--org--name" / "snapshots" / ref.revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert models.resolve(spec).revision == ref.revision
+
+
+def test_weights_are_not_fetched_twice_nor_errors_hidden(tmp_path, monkeypatch):
+    """Other layouts of the same weights (``original/``, Mistral's ``consolidated``) are as large as the model."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **more: asked.update(more) or str(tmp_path))
+    ref = models.ModelRef("org/name@main", "hub", "a" * 40)
+    models._download(ref, weights=True)
+    there = [
+        "config.json",
+        "model-1.safetensors",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "pytorch_model.bin",
+    ]
+    kept = filter_repo_objects(there, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == ["config.json", "model-1.safetensors"]
+
+    def cut(*_, **__):
+        raise OSError("cut")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cut)
+    for load in (models.load_tokenizer, models.load_config, models.load):
+        with pytest.raises(BadInput, match=f"cannot download org/name at {'a' * 40}: cut"):
+            load(ref)
+
+
+def test_weights_that_were_damaged_on_their_way_are_not_used(folder, tmp_path, monkeypatch):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("a" * 40)
+    blobs.mkdir()
+    shutil.copytree(folder, snapshot)
+    blob = blobs / models.file_digest(snapshot / "model.safetensors")
+    shutil.move(snapshot / "model.safetensors", blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    ref = models.ModelRef("org/name", "hub", "a" * 40)
+    models.load(ref)
+    blob.write_bytes(blob.read_bytes()[:-4] + b"\0\0\0\7")
+    with pytest.raises(BadInput, match=f"{blob.name} is damaged.*Delete it"):
+        models.load(ref)
+
+
+def test_a_model_with_code_of_its_own_is_told_so(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "configuration_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(BadInput, match="Python of its own, which is never run"):
+        models.load_config(models.resolve(str(copy)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_without_the_hub_its_cache_is_used(monkeypatch, folder, tmp_path):

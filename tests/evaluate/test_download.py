@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import http.client
 import io
 import json
 import logging
@@ -159,6 +160,14 @@ def test_no_network_and_no_such_file(cache, monkeypatch):
     with pytest.raises(BadInput, match=r"COMPTRUST_DATA: cannot download .*no route to host.*built-in probes"):
         load_pack("github")
 
+    class Cut(io.BytesIO):
+        def read(self, *_):
+            raise http.client.IncompleteRead(b"half", 99)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: Cut())
+    with pytest.raises(BadInput, match=r"COMPTRUST_DATA: cannot download .*IncompleteRead"):
+        load_pack("github")
+
     def absent(url, timeout):
         raise urllib.error.HTTPError(url, 404, "Not Found", None, None)
 
@@ -191,6 +200,35 @@ def test_no_connection_to_the_hub(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
     with pytest.raises(BadInput, match=r"COMPTRUST_DATA: cannot download AI-Secure/\S+: the read timed out. Check the network"):
         download.official_pack("hub")
+
+
+def test_a_token_that_the_hub_refuses_is_named(cache, monkeypatch):
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refused(*args, **kwargs):
+        raise HfHubHTTPError("long", response=httpx2.Response(401, request=httpx2.Request("GET", "https://x")))
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    with pytest.raises(BadInput, match=r"cannot download AI-Secure/\S+: HTTP 401. Set HF_TOKEN to a valid one") as error:
+        download.official_pack("hub")
+    assert "hf_token" not in str(error.value)
+
+
+def test_mmlu_out_of_reach_is_told_before_the_long_download(cache):
+    asked = []
+
+    def fetch(path: str) -> bytes:
+        asked.append(path)
+        if path.startswith("mmlu"):
+            raise BadInput("no hub")
+        return official(path)
+
+    with pytest.raises(BadInput, match="no hub"):
+        download.official_pack("github", fetch)
+    assert len(asked) < 10
 
 
 def test_other_forms_and_pickles_are_refused(cache):

@@ -30,6 +30,18 @@ def test_rows_wider_than_the_terminal_stand_as_blocks():
     assert ["column_3", "4.5"] in lines and ["column_29", "[red]x"] in lines
 
 
+def test_a_split_between_colons_is_no_picture(capsys):
+    """rich writes a locomotive for `:train:`, in the middle of a calibration's source."""
+    from comptrust.sweep.cli import _console
+
+    source = "hub:allenai/c4:en:train:text"
+    print_rows([{"calibration": source}], _console())
+    view = View(quiet=False)
+    view.console.print(source)
+    out, err = capsys.readouterr()
+    assert source in out and source in err
+
+
 def test_errors_of_models_cannot_write_to_the_terminal():
     failure = {"label": "gptq [red]", "attempts": 1, "error_type": "CellError", "error": "\x1b]0;title\x07 [/] loss"}
     sweep = {

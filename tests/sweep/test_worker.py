@@ -356,6 +356,55 @@ def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monke
     assert cell.key in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_branch_that_moves_leaves_worker_plan_and_export_at_the_commit(tiny, tmp_path, monkeypatch):
+    """The cells of a sweep that runs when the model's branch moves failed, and a chosen one could not be exported any more."""
+    from comptrust.actors import models
+    from comptrust.sweep import plan as plans
+    from comptrust.sweep.export import export_cell
+    from comptrust.sweep.launch import register
+
+    heads = iter(["a" * 40, *["b" * 40] * 9])
+    monkeypatch.setattr(models, "_on_hub", lambda spec, where, allow_bin: models.ModelRef(spec, "hub", next(heads)))
+    fetched = set()
+    monkeypatch.setattr(models, "_download", lambda ref, *, weights: fetched.add(ref.revision) or Path(tiny))
+    written = sweep_dict(["org/name"], tmp_path / "record")
+    written["methods"] = [{"method": "magnitude", "pattern": "2:4"}]
+    config = load_config(written)
+    grid = expand(config)
+    dense, pruned = grid.cells
+    assert worker(config, tmp_path / "record").run(dense)["status"] == "done"
+    made = worker(config, tmp_path / "record").run(pruned)
+    assert made["status"] == "done" and made["revision"] == "a" * 40
+    register(Record(config.results), config, grid)
+    export_cell(config.results, pruned.key[:8], tmp_path / "out")
+    assert fetched == {"a" * 40} and (tmp_path / "out" / "model.safetensors").exists()
+
+    heads = iter(["c" * 40, "d" * 40])
+    assert [m["revision"] for m in plans.plan(config)["models"]] == ["c" * 40]
+
+
+def test_a_dataset_is_read_once_for_all_methods_of_a_plan(tiny, tmp_path, monkeypatch):
+    """Once for every block of methods: 40 times C4 in `plan beyond_perplexity`, and what changed meanwhile made methods differ."""
+    from comptrust.actors import calibration
+
+    read = []
+    monkeypatch.setattr(calibration, "_dataset", lambda *_: read.append(1) or iter([f"text {i} " * 40 for i in range(99)]))
+    written = sweep_dict([tiny], tmp_path / "record")
+    written["methods"] = [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 4, "group_size": 32}]
+    written["calibration"] = {"source": "hub:org/name:train:text", "samples": 4, "seqlen": 64, "seed": [0, 1]}
+    assert len(expand(load_config(written)).cells) == 5 and len(read) == 2
+
+
+def test_a_model_that_cannot_be_read_is_named_by_its_place(tiny, tmp_path):
+    import shutil
+
+    broken = Path(shutil.copytree(tiny, tmp_path / "broken"))
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(BadInput, match=r"models\[1\]\.id: .* has no tokenizer"):
+        expand(load_config(sweep_dict([tiny, broken], tmp_path / "record")))
+
+
 def test_sync_publishes_cells_that_the_sweep_no_longer_lists(grid, computed, tmp_path, monkeypatch):
     import shutil
 
