@@ -112,6 +112,11 @@ def run_sweep(
             0.0,
             stages=view.stages,
         )
+        if todo and config.evaluation.lm_eval:
+            from ..actors.evaluate.lm_eval import load_tasks
+
+            with view.stage("lm-eval data"):
+                load_tasks(config.evaluation.lm_eval)
         if not todo:
             outcome.sweep = register(record, config, grid)
         else:

@@ -6,9 +6,12 @@ few-shot prompts and metrics are the harness's. Prompts are the task's defaults,
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..errors import BadInput
 from ..record import UTILITY
@@ -108,29 +111,55 @@ def _members(name: str, index: Mapping[str, Any]) -> set[str]:
     return set().union(*(_members(m if isinstance(m, str) else m.get("group") or m.get("task"), index) for m in members))
 
 
+def load_tasks(tasks: Sequence[Any]) -> TaskManager:
+    """The harness's manager with ``tasks`` (names, or configurations as the harness takes them) and their data in it.
+
+    ``BadInput`` where the data cannot be had; the harness itself reads them when all else of a cell is done.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)  # some tasks shuffle their choices when they are read
+    np.random.seed(0)
+    manager = TaskManager()
+    try:
+        loaded = manager.load(list(tasks))
+    except Exception as e:  # of the harness, the hub, or the task's own Python
+        raise BadInput(
+            f"lm-evaluation-harness cannot load its tasks {', '.join(map(str, tasks))}: {type(e).__name__}: {e}",
+            where="evaluation.lm_eval",
+            fix="Check the connection to the hub, or leave the task out",
+        ) from e
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    manager.load = lambda task_list: loaded
+    return manager
+
+
 def evaluate_tasks(
     generator: Generator,
-    tasks: Sequence[Any],
+    tasks: TaskManager,
     *,
     limit: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[MetricRow]:
     """One row a task and metric, dimension ``utility``, scenario the task's name; intervals from the harness's standard errors.
 
-    ``tasks`` are names, or configurations as the harness takes them.
+    ``tasks`` are of ``load_tasks``.
     """
     report = progress or (lambda stage, done, total: None)
-    report("lm-eval", 0, len(tasks))
+    names = list(tasks.load([])["tasks"])
+    report("lm-eval", 0, len(names))
     results = simple_evaluate(
         Engine(generator),  # pyright: ignore[reportAbstractUsage]  (the harness fills these in by inheritance)
-        tasks=list(tasks),
+        tasks=names,
+        task_manager=tasks,
         limit=limit,
         log_samples=False,
         bootstrap_iters=1000,
         random_seed=0,
         numpy_random_seed=0,
     )
-    report("lm-eval", len(tasks), len(tasks))
+    report("lm-eval", len(names), len(names))
     assert results is not None
     rows = []
     for task, metrics in results.get("results", {}).items():

@@ -231,6 +231,11 @@ def evaluate(
     check_evaluation(plan.config, tokenizer, model.config)
     report = progress or (lambda stage, done, total: None)
     config, metrics, rows = plan.config, [], []
+    if config.lm_eval:
+        from .lm_eval import evaluate_tasks, load_tasks
+
+        report("lm-eval data", 0, 1)
+        lm_eval_tasks = load_tasks(config.lm_eval)  # what cannot be had is told before the work
     out: dict[str, torch.Tensor] = {}
     if config.perplexity is not None:
         scores = _perplexity(model, tokenizer, config, reference, report)
@@ -253,9 +258,7 @@ def evaluate(
     elif reference is not None:
         metrics += flip_rows(rows, reference["outcomes"])
     if config.lm_eval:
-        from .lm_eval import evaluate_tasks
-
-        metrics += evaluate_tasks(generator, config.lm_eval, limit=config.lm_eval_limit, progress=report)
+        metrics += evaluate_tasks(generator, lm_eval_tasks, limit=config.lm_eval_limit, progress=report)
     if cut := generator.stats.truncated:
         log.warning(
             "%d prompts were longer than the context of %s tokens and lost their beginning", cut, f"{generator.limit:,}"

@@ -6,6 +6,7 @@ Slow for its imports; needs the extra ``lm-eval``.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from comptrust.actors.errors import BadInput
@@ -86,7 +87,7 @@ def test_repeats_are_different_draws(both):
 
 
 def test_a_whole_task(tiny_model, tokenizer, tmp_path):
-    from comptrust.actors.evaluate.lm_eval import evaluate_tasks
+    from comptrust.actors.evaluate.lm_eval import evaluate_tasks, load_tasks
 
     docs = [{"q": q, "choices": ["water", "nobody", "the hill"], "a": i % 3} for i, q in enumerate(QUESTIONS * 3)]
     (tmp_path / "d.json").write_text(json.dumps(docs))
@@ -101,14 +102,14 @@ def test_a_whole_task(tiny_model, tokenizer, tmp_path):
         "doc_to_target": "a",
         "metric_list": [{"metric": "acc"}],
     }
-    (row,) = evaluate_tasks(Generator(tiny_model, tokenizer), [task])
+    (row,) = evaluate_tasks(Generator(tiny_model, tokenizer), load_tasks([task]))
     assert (row.dimension, row.scenario, row.metric, row.n) == ("utility", "small", "acc", 12)
     assert row.ci_low < row.value < row.ci_high
 
 
 def test_a_group_counts_the_documents_of_its_tasks(tiny_model, tokenizer, tmp_path, monkeypatch):
-    from comptrust.actors.evaluate.lm_eval import evaluate_tasks
-    from lm_eval import evaluator
+    from comptrust.actors.evaluate import lm_eval
+    from comptrust.actors.evaluate.lm_eval import evaluate_tasks, load_tasks
 
     for name, n in (("one", 3), ("two", 4)):
         (tmp_path / f"{name}.json").write_text(json.dumps([{"q": q, "choices": ["a", "b"], "a": 0} for q in QUESTIONS[:n]]))
@@ -121,9 +122,9 @@ def test_a_group_counts_the_documents_of_its_tasks(tiny_model, tokenizer, tmp_pa
     group = {"group": "both_of_them", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "group.yaml").write_text(json.dumps(group))
     (tmp_path / "without.yaml").write_text(json.dumps({"group": "no_figures", "task": ["both_of_them"]}))
-    manager = evaluator.TaskManager
-    monkeypatch.setattr(evaluator, "TaskManager", lambda *a, **k: manager(*a, **k, include_path=str(tmp_path)))
-    rows = evaluate_tasks(Generator(tiny_model, tokenizer), ["no_figures"])
+    manager = lm_eval.TaskManager
+    monkeypatch.setattr(lm_eval, "TaskManager", lambda: manager(include_path=str(tmp_path)))
+    rows = evaluate_tasks(Generator(tiny_model, tokenizer), load_tasks(["no_figures"]))
     assert {r.scenario: r.n for r in rows if r.metric == "acc"} == {"both_of_them": 7, "one": 3, "two": 4}
 
 
@@ -146,3 +147,47 @@ def test_a_task_named_twice():
         check_tasks(["mmlu", "mmlu_anatomy"])
     with pytest.raises(BadInput, match=r"'leaderboard_\w+' is in both 'leaderboard' and 'leaderboard_bbh'"):
         check_tasks(["leaderboard", "leaderboard_bbh"])
+
+
+def test_data_that_cannot_be_had_are_told_before_the_work(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """The harness reads them when it asks its questions, which is at the end of a cell."""
+    from comptrust.actors.evaluate import lm_eval
+    from comptrust.actors.evaluate.config import EvaluationConfig
+    from comptrust.actors.evaluate.data import load_pack
+    from comptrust.actors.evaluate.run import evaluate, plan_evaluation
+
+    absent = {"data_files": {"test": str(tmp_path / "absent.json")}}
+    task = {"task": "absent", "dataset_path": "json", "dataset_kwargs": absent, "test_split": "test"}
+    (tmp_path / "absent.yaml").write_text(json.dumps(task))
+    manager = lm_eval.TaskManager
+    monkeypatch.setattr(lm_eval, "TaskManager", lambda: manager(include_path=str(tmp_path)))
+    stages = []
+    config = EvaluationConfig(suite="smoke", dimensions=("ethics",), perplexity=None, lm_eval=("absent",))
+    plan = plan_evaluation(config, load_pack(""))
+    with pytest.raises(
+        BadInput, match=r"evaluation.lm_eval: lm-evaluation-harness cannot load its tasks absent: .*absent.json"
+    ):
+        evaluate(tiny_model, tokenizer, plan, progress=lambda stage, done, total: stages.append(stage))
+    assert stages == ["lm-eval data"]
+
+
+def test_a_sweep_starts_no_cell_without_the_data(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # tests/tiny.py
+    from tiny import make_tiny_model
+
+    config = {
+        "name": "t", "models": [str(make_tiny_model(tmp_path / "tiny"))], "results": str(tmp_path / "results"),
+        "evaluation": {"suite": "smoke", "dimensions": ["ethics"], "perplexity": None, "lm_eval": ["arc_easy"]},
+        "methods": [], "wandb": {"mode": "disabled"},
+    }  # fmt: skip
+    (tmp_path / "s.yaml").write_text(json.dumps(config))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-m", "comptrust.sweep", "run", str(tmp_path / "s.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: evaluation.lm_eval:"), done.stderr
+    assert "cannot load its tasks arc_easy" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "results" / "cells").exists()
