@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
 import os
 import pickle
 import re
@@ -35,6 +37,10 @@ CONVERTER = 1
 #: What makes a checkpoint: weights, configuration, tokenizer. A README may change without making another model.
 _CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+#: Share of a head that RoPE turns, for architectures of GGUF where transformers takes this whatever the file says.
+_TURNED = {"stablelm": 0.25, "phi3": 1.0, "nemotron": 0.5}
+#: What transformers raises for a GGUF file that it cannot make a model of.
+_CANNOT = (ValueError, RuntimeError, AssertionError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ def load_config(ref: ModelRef) -> PretrainedConfig:
 
     folder = ref.path if ref.path is not None else _download(ref, weights=False)
     try:
-        if folder.suffix == ".gguf":
-            folder = _once(ref, "config", lambda out: _convert_config(folder, out))
+        if (file := folder).suffix == ".gguf":
+            folder = _once(ref, "config", lambda out: _convert_config(file, out))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise _unloadable(f"transformers cannot load the configuration of {ref.spec!r}", error) from error
@@ -127,6 +133,8 @@ def load_config(ref: ModelRef) -> PretrainedConfig:
         raise BadInput(
             f"{ref.spec!r} ({config.model_type}) is {other}", where="model", fix="Give a decoder-only language model"
         )
+    if file.suffix == ".gguf":
+        _check_counts(ref.spec, _gguf(file)["weights"], config)
     return config
 
 
@@ -182,21 +190,25 @@ def load(
             )
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
-    model, loaded = made
-    if missing := sorted(loaded["missing_keys"]):  # transformers makes these up at random, and only warns
+    return _whole(ref.spec, *made).eval(), tokenizer
+
+
+def _whole(spec: str, model: Any, loaded: Mapping[str, Any]) -> Any:
+    """``model`` if nothing was missing; transformers makes that up at random, and only warns."""
+    if missing := sorted(loaded["missing_keys"]):
         raise BadInput(
-            f"{ref.spec!r} holds no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""),
+            f"{spec!r} holds no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""),
             where="model",
             fix=f"Give a whole checkpoint of {type(model).__name__}",
         )
     if wrong := sorted(loaded["mismatched_keys"]):
         name, held, wanted = wrong[0]
         raise BadInput(
-            f"{ref.spec!r} holds {name} as {list(held)}, its configuration wants {list(wanted)}",
+            f"{spec!r} holds {name} as {list(held)}, its configuration wants {list(wanted)}",
             where="model",
             fix="Give configuration and weights of one model",
         )
-    return model.eval(), tokenizer
+    return model
 
 
 def default_dtype() -> str:
@@ -387,8 +399,12 @@ def _downloaded(repo: str, revision: str) -> str | None:
 
 def _revision(files: list[Path]) -> str:
     content = [[p.name, file_digest(p)] for p in files]
-    converted = any(p.suffix in (".gguf", ".bin") for p in files)
-    return digest({"files": content, "converter": CONVERTER} if converted else {"files": content})
+    parts: dict[str, Any] = {"files": content}
+    if any(p.suffix in (".gguf", ".bin") for p in files):
+        parts["converter"] = CONVERTER
+    if said := [c for p in files if p.suffix == ".gguf" and (c := _gguf(p)["config"])]:
+        parts["config"] = said
+    return digest(parts)
 
 
 def _sha256(path: Path) -> str:
@@ -402,7 +418,8 @@ def _sha256(path: Path) -> str:
 def model_folder(ref: ModelRef, progress: Progress | None) -> Path:
     folder = ref.path if ref.path is not None else _download(ref, weights=True)
     if folder.suffix == ".gguf":
-        return _once(ref, "model", lambda out: _convert_gguf(folder, out, progress))
+        load_config(ref)  # refuses what transformers would make another model of
+        return _once(ref, "model", lambda out: _convert_gguf(ref.spec, folder, out, progress))
     if not any(folder.glob("*.safetensors")):
         return _once(ref, "model", lambda out: _convert_bin(folder, out, progress))
     return folder
@@ -485,19 +502,116 @@ def _convert_config(file: Path, out: Path) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    _clean(config).save_pretrained(out)
+    _clean(_as_said(config, file)).save_pretrained(out)
 
 
-def _convert_gguf(file: Path, out: Path, progress: Progress | None) -> None:
+def _convert_gguf(spec: str, file: Path, out: Path, progress: Progress | None) -> None:
     """Weights are dequantised to float32, which holds every value of every GGUF type."""
     import torch
     from transformers import AutoModelForCausalLM
 
     report = progress or _silent
     report("convert GGUF (once)", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
+    try:
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except _CANNOT as error:
+        raise BadInput(f"transformers cannot load {spec!r}: {error}", where="model") from error
+    model = _whole(spec, *made)
+    model.config = _as_said(model.config, file)
     save_weights(model, out)
     report("convert GGUF (once)", 1, 1)
+
+
+def _gguf(file: Path) -> dict[str, Any]:
+    """``config``: what a GGUF file says of the model and transformers passes over; ``weights``: how many each tensor holds."""
+    return json.loads(remember("gguf", [file_digest(file)], lambda: json.dumps(_read_gguf(file))))
+
+
+def _read_gguf(file: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        kind = reader.fields["general.architecture"].contents()
+    except Exception as error:  # a foreign or cut file can come to anything
+        raise BadInput(f"{file} is no whole GGUF file: {error}", where="model", fix="Download it again") from error
+    read: Callable[[str], Any] = lambda name: f.contents() if (f := reader.fields.get(f"{kind}.{name}")) else None
+    tensors = {t.name: t for t in reader.tensors}
+    scaling, factor = read("rope.scaling.type"), read("rope.scaling.factor") or 1.0
+    rope: dict[str, Any] = {}
+    if "rope_freqs.weight" in tensors:
+        rope = _llama3(tensors["rope_freqs.weight"].data.tolist(), read("rope.freq_base") or 10000.0)
+    elif scaling in ("linear", "yarn") and factor != 1 and (read("rope.scaling.attn_factor") or 1) == 1:
+        rope = {"rope_type": scaling, "factor": factor}
+        if scaling == "yarn":
+            rope["original_max_position_embeddings"] = read("rope.scaling.original_context_length")
+    elif scaling not in (None, "none", "linear", "yarn") or factor != 1 or any(n.startswith("rope_factors") for n in tensors):
+        rope = {"rope_type": ""}
+    if rope.get("rope_type") == "":
+        raise BadInput(
+            f"{file} scales RoPE in a way that transformers does not read from GGUF", where="model", fix="Give safetensors"
+        )
+    hidden, heads, layers = (read(n) or 0 for n in ("embedding_length", "attention.head_count", "block_count"))
+    if kind in _TURNED and (width := read("rope.dimension_count")) and width * heads != _TURNED[kind] * hidden:
+        rope["partial_rotary_factor"] = width * heads / hidden
+    config: dict[str, Any] = {"rope_parameters": rope} if rope else {}
+    if (kind, layers) in (("gemma2", 46), ("gemma3", 62)):  # the models of 27B; all others have the default
+        config["query_pre_attn_scalar"] = hidden // heads
+    counts = {n: int(t.n_elements) for n, t in tensors.items() if not n.startswith(("rope_freqs", "rope_factors"))}
+    return {"config": config, "weights": counts}
+
+
+def _llama3(divisors: list[float], theta: float) -> dict[str, Any]:
+    """Llama 3's scaling of RoPE, of which a GGUF file holds what each frequency is divided by; no type if it is another."""
+    factor, n = round(max(divisors), 3), len(divisors)
+    if factor == 1:
+        return {}
+    said = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for i, divisor in enumerate(divisors):
+        share = min(max((8192 / (2 * math.pi * theta ** (i / n)) - 1) / 3, 0), 1)
+        if not math.isclose(divisor, 1 / ((1 - share) / factor + share), rel_tol=1e-3):
+            return {"rope_type": ""}
+    return {"rope_type": "llama3", **said}
+
+
+def _as_said(config: Any, file: Path) -> Any:
+    """``config``, which transformers read from a GGUF ``file``, with what it passed over."""
+    for name, value in _gguf(file)["config"].items():
+        if name == "rope_parameters":
+            rope = config.rope_parameters
+            rope.get("full_attention", rope).update(value)  # Gemma 3 scales its global layers
+        else:
+            setattr(config, name, value)
+    return config
+
+
+def _check_counts(spec: str, held: Mapping[str, int], config: Any) -> None:
+    """BadInput if a GGUF file has another number of weights than the model that transformers makes of it, which would leave the others
+    out (biases of Llama) or make them up, without a word."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except _CANNOT as error:
+        raise BadInput(f"transformers cannot make a model of {spec!r}: {error}", where="model") from error
+    layers = config.get_text_config().num_hidden_layers
+    inside = lambda name: (
+        not name.startswith("blk.") or int(name.split(".")[1]) < layers
+    )  # beyond: heads of multi-token prediction
+    tied = "output.weight" if config.get_text_config().tie_word_embeddings else ""
+    have = sum(n for name, n in held.items() if inside(name) and name != tied)
+    want = sum({id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}.values())
+    if have != want:
+        raise BadInput(
+            f"{spec!r} holds {have:,} weights, and the {type(model).__name__} that transformers makes of it {want:,}",
+            where="model",
+            fix="Give safetensors",
+        )
 
 
 def _convert_bin(folder: Path, out: Path, progress: Progress | None) -> None:

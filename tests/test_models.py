@@ -10,6 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from comptrust.actors import models
@@ -216,7 +217,7 @@ def test_code_inside_bin_weights_is_not_run(folder, tmp_path, monkeypatch):
 # --- GGUF --------------------------------------------------------------------------------------------------------------------
 
 
-def _write_gguf(path, folder):
+def _write_gguf(path, folder, *, without=(), more=None, scaling=None):
     """The tiny model as GGUF in float32, by the gguf library; q and k rows permuted as llama.cpp keeps them."""
     import gguf
 
@@ -231,6 +232,9 @@ def _write_gguf(path, folder):
     writer.add_head_count_kv(kv)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(10000.0)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
     writer.add_vocab_size(config["vocab_size"])
     core = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = sorted(
@@ -258,7 +262,10 @@ def _write_gguf(path, folder):
             target = f"blk.{i}.{names[rest]}.weight"
         else:
             target = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
-        writer.add_tensor(target, value.numpy())
+        if target not in without:
+            writer.add_tensor(target, value.numpy())
+    for target, value in (more or {}).items():
+        writer.add_tensor(target, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -285,6 +292,59 @@ def test_gguf_gives_the_weights_and_tokens_it_was_made_from(gguf_file, folder):
     text = "In 1984, two geese (one of them white) crossed the road.\n  def f(x):"
     assert tokenizer(text).input_ids == models.load_tokenizer(models.resolve(str(folder)))(text).input_ids
     assert models.load_config(ref).num_key_value_heads == 2
+
+
+def _scaled(folder, rope):
+    """Logits of the tiny model with its RoPE scaled."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, rope_parameters={"rope_theta": 10000.0, **rope}).eval()
+    with torch.no_grad():
+        return model(torch.arange(60)[None]).logits
+
+
+def test_gguf_scales_rope_as_the_file_says(folder, tmp_path, cache):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}  # fmt: skip
+    config = LlamaConfig(head_dim=16, rope_parameters={"rope_theta": 10000.0, **llama3})
+    inverse, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    divisors = (10000.0 ** (-torch.arange(8) / 8) / inverse).numpy()
+    for name, options, rope in (
+        ("llama3", {"more": {"rope_freqs.weight": divisors}}, llama3),
+        ("linear", {"scaling": "linear"}, {"rope_type": "linear", "factor": 4.0}),
+    ):
+        _write_gguf(path := tmp_path / f"{name}.gguf", folder, **options)
+        model, _ = models.load(ref := models.resolve(str(path)))
+        assert models.load_config(ref).rope_parameters == model.config.rope_parameters == {"rope_theta": 10000.0, **rope}
+        with torch.no_grad():
+            assert torch.equal(model(torch.arange(60)[None]).logits, _scaled(folder, rope))
+            assert not torch.equal(model(torch.arange(60)[None]).logits, _scaled(folder, {"rope_type": "default"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"more": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, "holds .* weights, and the LlamaForCausalLM"),
+        ({"without": ("blk.1.ffn_up.weight",)}, "holds .* weights, and the LlamaForCausalLM"),
+        ({"more": {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}}, "scales RoPE in a way"),
+        ({"scaling": "longrope"}, "scales RoPE in a way"),
+    ],
+)
+def test_gguf_of_which_transformers_makes_another_model_is_refused(options, message, folder, tmp_path, cache):
+    _write_gguf(path := tmp_path / "other.gguf", folder, **options)
+    with pytest.raises(BadInput, match=message):
+        models.load_config(models.resolve(str(path)))
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+def test_a_cut_gguf_file_is_refused(kept, gguf_file, tmp_path, cache):
+    whole = gguf_file.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(BadInput, match="no whole GGUF file"):
+        models.resolve(str(tmp_path / "cut.gguf"))
 
 
 def _load_in_a_process(path, cache, out):
