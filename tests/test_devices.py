@@ -115,6 +115,26 @@ def test_no_codes_stay_on_the_gpu_when_blocks_are_streamed(method):
 
 
 @pytest.mark.parametrize("place", [put_on, spread])
+def test_gblm_keeps_inputs_and_gradients_in_host_memory(place):
+    """Of a model on the GPU: those of all blocks would take several times its room."""
+    left = []
+
+    def after_block(stage, done, total):
+        gc.collect()
+        sizes = (TOKENS.shape[1] * 64, 160 * 64)  # the input of a block, the gradient of a linear
+        left.append(sum(isinstance(t, OnGpu) and t.dtype == torch.float32 and t.numel() in sizes for t in gc.get_objects()))
+
+    with simulated_gpus():
+        model = place(llama())
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+        where = [next(block.parameters()).device for block in model.model.layers]
+        config = METHODS["gblm"].config()
+        found = METHODS["gblm"].prepare(model, linears, config, tokens=TOKENS, places=where, progress=after_block)
+    assert {norm.device.type for norm in found.norms.values()} == {"cpu"}
+    assert left == [left[0]] * 4 + [left[4]] * 4  # a pass up, a pass down: no more with each block
+
+
+@pytest.mark.parametrize("place", [put_on, spread])
 def test_artefacts_come_back_where_the_model_lies(place):
     made = compress(llama(), "gptq", {"group_size": 32}, TOKENS)
     with simulated_gpus():

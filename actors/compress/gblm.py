@@ -26,7 +26,7 @@ class GblmConfig(ScoredConfig):
 
 
 class Gradients:
-    """||dL/dw||_2 over the calibration sequences, for every linear: [O, I] float32, where the linear is."""
+    """||dL/dw||_2 over the calibration sequences, for every linear: [O, I] float32, in host memory."""
 
     def __init__(self, norms: dict[str, Tensor], samples: int) -> None:
         self.norms, self.samples = norms, samples
@@ -38,7 +38,8 @@ def prepare(
 ) -> Gradients:  # fmt: skip
     """Gradients of the mean next-token loss of each sequence, block by block from the top: one block's activations at a time.
 
-    Weights need no gradient of their own: that of a linear for one sequence is dY' X, formed where dY arrives.
+    The inputs of all blocks and the norms wait in host memory, wherever the model lies: at 128 x 2048 tokens they are several times a
+    7B model. Weights need no gradient of their own: that of a linear for one sequence is dY' X, formed where dY arrives.
     """
     shell = clone(model).eval()
     for module in shell.modules():  # the same numbers as parameters of our own: the model's stay as they are
@@ -53,20 +54,18 @@ def prepare(
         arguments = []
         for row in tokens.split(1):
             first, kwargs = record(shell, blocks, row)
-            hidden[0].append(first)
+            hidden[0].append(first.cpu())
             arguments = kwargs
         for b, block in enumerate(blocks):
-            home = next(block.parameters()).device
             with on_device(block, places[b], {}):
                 kwargs = to_device(arguments[b], places[b])
-                hidden[b + 1] = [block(h.to(places[b]), **kwargs).to(home) for h in hidden[b]]
+                hidden[b + 1] = [block(h.to(places[b]), **kwargs).cpu() for h in hidden[b]]
             if progress:
                 progress("gradients", b + 1, 2 * len(blocks))
     grads = [_loss_gradient(shell, blocks, row, h) for row, h in zip(tokens.split(1), hidden.pop(), strict=True)]
     norms: dict[str, Tensor] = {}
     for b in reversed(range(len(blocks))):
         block, squares = blocks[b], {}
-        home = next(block.parameters()).device
         hooks = [
             m.register_forward_hook(_gather(squares, n)) for n, m in linears_of(block).items() if f"{prefix}.{b}.{n}" in linears
         ]
@@ -75,13 +74,13 @@ def prepare(
             for i, h in enumerate(hidden.pop()):
                 leaf = h.to(places[b]).detach().requires_grad_(True)
                 (grad,) = torch.autograd.grad(block(leaf, **kwargs), leaf, grads[i].to(places[b]))
-                grads[i] = grad.to(home)
+                grads[i] = grad.cpu()
         for hook in hooks:
             hook.remove()
         for n, s in squares.items():
             if not bool(torch.isfinite(s).all()):
                 raise CellError(f"{prefix}.{b}.{n}: the gradient of its weights is not finite on the calibration set")
-        norms |= {f"{prefix}.{b}.{n}": s.sqrt_().div_(LOSS_SCALE).to(home) for n, s in squares.items()}
+        norms |= {f"{prefix}.{b}.{n}": s.sqrt_().div_(LOSS_SCALE).cpu() for n, s in squares.items()}
         if progress:
             progress("gradients", 2 * len(blocks) - b, 2 * len(blocks))
     return Gradients(norms, len(tokens))
@@ -89,7 +88,7 @@ def prepare(
 
 def _loss_gradient(shell: nn.Module, blocks: nn.ModuleList, row: Tensor, top: Tensor) -> Tensor:
     """LOSS_SCALE x d loss / d (output of the last block), for one sequence."""
-    leaf = top.detach().requires_grad_(True)
+    leaf = top.to(next(blocks[-1].parameters()).device).detach().requires_grad_(True)
     try:
         for block in blocks:
             block.forward = lambda hidden, **_: hidden
@@ -99,7 +98,7 @@ def _loss_gradient(shell: nn.Module, blocks: nn.ModuleList, row: Tensor, top: Te
         for block in blocks:
             del block.forward
     loss = F.cross_entropy(logits[0, :-1].float(), row[0, 1:].to(logits.device))
-    return torch.autograd.grad(LOSS_SCALE * loss, leaf)[0]
+    return torch.autograd.grad(LOSS_SCALE * loss, leaf)[0].cpu()
 
 
 def _gather(squares: dict[str, Tensor], name: str):
