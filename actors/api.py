@@ -52,7 +52,8 @@ def compress(
     """Compress ``model`` and, with ``output``, write a checkpoint that transformers loads, in a ``format`` of docs/export.md.
 
     ``calibration`` is the block of a sweep; samples and seqlen it leaves out are those of `default_size`.
-    Returns ``model`` (the compressed torch module, tensors it shares with the dense one included), ``tokenizer``, ``layers``,
+    Returns ``model`` (the compressed torch module, tensors it shares with the dense one included; in host memory but for
+    bitsandbytes' methods and GBLM, which take the model whole on a GPU), ``tokenizer``, ``layers``,
     ``size_bytes``, ``bits_per_weight``, ``sparsity_reached``, ``seconds``, ``calibration_digest``. Raises ``BadInput`` for a value no
     method accepts, an impossible combination, a missing model or too little calibration text, before weights are read.
     """
@@ -97,7 +98,9 @@ def compress(
             methods.check_windows(spec.seqlen, shapes.get_text_config(), where="--seqlen")
         drawn = calibrate(spec, models.load_tokenizer(ref), where="--calibration")
         tokens, digest = drawn.tokens, drawn.digest
-    dense, tokenizer = models.load(ref, dtype=dtype, device=_device(), progress=progress)
+    # The blocks of a model in host memory go to the GPU one by one, so it may be larger; bitsandbytes and gradients take it whole.
+    whole = not foreign and (known.backend == "bitsandbytes" or (known.prepare and known.needs_calibration))
+    dense, tokenizer = models.load(ref, dtype=dtype, device=_device() if whole else "cpu", progress=progress)
     if foreign:
         done = backends.run_backend(backend, method, filled, ref=ref, dense=dense, tokens=tokens, progress=progress)
     else:

@@ -81,11 +81,13 @@ def _row(
     config: SweepConfig,
 ) -> dict[str, Any]:  # fmt: skip
     size = (params or 0) * width
+    # Beside the dense model a worker holds a compressed copy, and a byte of codes a weight.
+    held = 2 * size + (params or 0) if cells > 1 else 1.3 * size
     share = config.resources.cache_gb / len(config.models)
     cached = min(size * cells / 1e9, share)
     return {
         "model": model, "revision": revision, "dtype": dtype, "parameters": params, "cells": cells, "done": done,
-        "memory_gb": round(size * 1.3 / 1e9 + 1, 1) if params else None,
+        "memory_gb": round(held / 1e9 + 1, 1) if params else None,
         "gpu_hours": round(seconds / 3600, 2) if seconds is not None else None,
         "disk_gb": round(cached + size / 1e9, 1) if params else None,
     }  # fmt: skip

@@ -171,3 +171,29 @@ def test_memory_in_torchs_own_cache_is_free(monkeypatch):
         assert generator._fits([row(), row()], Decoding(6))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 310)
         assert not generator._fits([row(), row()], Decoding(6))
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("gptq", {"bits": 4, "group_size": 32}), ("smoothquant", {}), ("gblm", {}), ("magnitude", {"scope": "global"})],
+)
+def test_a_model_larger_than_the_gpu_is_compressed(method, params, tmp_path, monkeypatch):
+    """From the command line a model waits in host memory, and its blocks visit the GPU one by one; GBLM takes it whole."""
+    from comptrust.actors import api, models
+    from tiny import make_tiny_model
+
+    folder, options = make_tiny_model(tmp_path / "tiny"), {"calibration": {"samples": 4, "seqlen": 64}, "dtype": "float32"}
+    expected = api.compress(folder, method, params, **options)["model"].state_dict()
+    load, asked = models.load, []
+
+    def loaded(ref, *, device, **more):
+        asked.append(device)
+        return load(ref, device="cpu", **more)
+
+    monkeypatch.setattr(models, "load", loaded)
+    monkeypatch.setattr(api, "_device", lambda: "cuda")
+    with simulated_gpus():
+        done = api.compress(folder, method, params, **options)["model"].state_dict()
+    assert asked == ["cuda" if method == "gblm" else "cpu"]
+    for name, value in done.items():
+        assert value.device.type == "cpu" and torch.allclose(value, expected[name], atol=1e-5), name

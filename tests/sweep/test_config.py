@@ -314,7 +314,10 @@ def test_plan_counts_cells_of_a_model_on_a_hub_out_of_reach(tmp_path, monkeypatc
     assert len(set(names)) == 9 and "gptq 4 g32 damping 0.05" in names
     assert "the hub cannot be reached" in found["note"] and "cells have no keys yet" in found["note"]
     small = plan(load_config(sweep_dict(["nobody/small-135M"], tmp_path)))["models"][0]
-    assert small["parameters"] == 135e6 and small["memory_gb"] is not None
+    assert small["parameters"] == 135e6
+    # a worker holds the dense model, a compressed copy and a byte of codes a weight
+    alone = plan(load_config(sweep_dict(["nobody/nothing-7b"], tmp_path, methods=[])))["models"][0]
+    assert (alone["memory_gb"], found["models"][0]["memory_gb"]) == (19.2, 36.0)
 
 
 @pytest.mark.parametrize(
