@@ -1,7 +1,7 @@
 """GPUs without a GPU: tensors whose numbers lie on the CPU, which say that they are on ``cuda:N`` and refuse to meet others as CUDA's do.
 
 ``simulated_gpus()`` makes every ``.to("cuda:N")`` and ``device="cuda:N"`` such a tensor. ``put_on`` moves a model there whole, ``spread``
-over two of them with accelerate's hooks, as ``device_map="auto"`` does. torch.inference_mode does not go with it.
+over two of them with accelerate's hooks, as ``device_map="auto"`` does. torch.inference_mode, which does not go with it, is torch.no_grad.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ def _run(func, args, kwargs):
     return tree_map(lambda x: named(x) if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu) else x, out)
 
 
+def _without_gradients(mode: torch.inference_mode) -> None:
+    mode.instead = torch.no_grad()
+    mode.instead.__enter__()
+
+
 class _Everywhere(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -149,8 +154,8 @@ def _parameter(p: torch.Tensor, device: torch.device | str) -> torch.nn.Paramete
 
 
 @contextmanager
-def simulated_gpus(memory: int = 80 * 2**30) -> Iterator[None]:
-    """Inside, there are GPUs with ``memory`` bytes each."""
+def simulated_gpus(memory: int = 80 * 2**30, count: int = 1) -> Iterator[None]:
+    """Inside, there are ``count`` GPUs with ``memory`` bytes each, too old for our kernels."""
     from accelerate import hooks
     from comptrust.actors.compress import structure
 
@@ -161,6 +166,15 @@ def simulated_gpus(memory: int = 80 * 2**30) -> Iterator[None]:
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (memory, memory))
         patch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
         patch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: count)
+        patch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda _: "simulated")
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda _: 1)
+        for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+            patch.setattr(torch.cuda, name, lambda *_: None)
+        patch.setattr(torch.inference_mode, "__enter__", _without_gradients)
+        patch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.instead.__exit__(*error))
         patch.setattr(torch, "tensor", _tensor)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attend)
         patch.setattr(structure, "_moved_back", moved_back)  # a parameter's type is ours here, not nn.Parameter

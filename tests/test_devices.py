@@ -57,9 +57,7 @@ class Numbers:
 
 def answer(model) -> tuple:
     generator = Generator(model, Numbers(), batch_size=2)
-    with torch.no_grad():  # the functions below inference_mode, which the simulation does not know
-        answers = Generator.generate.__wrapped__(generator, PROMPTS, Decoding(6))
-        scores = Generator.score.__wrapped__(generator, PAIRS)
+    answers, scores = generator.generate(PROMPTS, Decoding(6)), generator.score(PAIRS)
     return [a.tokens for a in answers], [round(s.logprob, 3) for s in scores]
 
 
@@ -198,3 +196,44 @@ def test_a_model_larger_than_the_gpu_is_compressed(method, params, tmp_path, mon
     for name, value in done.items():
         off = (value - expected[name]).norm()  # the simulation's attention rounds otherwise, so a code may be another
         assert value.device.type == "cpu" and off < 5e-3 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("place", "count"), [(put_on, 1), (spread, 2)])
+def test_a_whole_cell_on_a_gpu_measures_what_it_does_on_a_cpu(place, count, tmp_path, monkeypatch):
+    """Loading, compressing, every measurement and the record, dense and compressed."""
+    from comptrust.actors import models
+    from comptrust.actors.actor import Worker, WorkerConfig
+    from comptrust.sweep.config import load_config
+    from comptrust.sweep.grid import expand
+    from tiny import make_tiny_model
+
+    sweep = {
+        "name": "devices",
+        "models": [{"id": str(make_tiny_model(tmp_path / "tiny")), "dtype": "float32"}],
+        "methods": [{"method": "gptq", "bits": 3, "group_size": 32}],
+        "calibration": {"samples": 4, "seqlen": 64},
+        "evaluation": {"suite": "smoke", "dimensions": ["stereotype", "ethics"], "perplexity": {"windows": 2, "seqlen": 128}},
+        "results": str(tmp_path),
+    }
+    config = load_config(sweep)
+    evaluation, cells = config.evaluation.model_dump(mode="json"), expand(config).cells
+
+    def rows(folder):
+        worker = Worker(WorkerConfig(str(folder), evaluation, cache_gb=0.1))
+        return [worker.run(cell) for cell in cells]
+
+    expected = rows(tmp_path / "cpu")
+    load = models.load
+
+    def loaded(ref, *, device, **more):
+        assert device == ("auto" if count > 1 else "cuda")
+        model, tokenizer = load(ref, device="cpu", **more)
+        return place(model), tokenizer
+
+    monkeypatch.setattr(models, "load", loaded)
+    with simulated_gpus(count=count):
+        found = rows(tmp_path / "gpu")
+    assert [(r["status"], r["device"]) for r in found] == [("done", "simulated")] * 2, [r.get("error") for r in found]
+    named = lambda row: {(m["dimension"], m["scenario"], m["metric"], m["convention"]): m["value"] for m in row["metrics"]}
+    for here, there in zip(found, expected, strict=True):
+        assert named(here) == {key: v if v is None else pytest.approx(v, rel=1e-3) for key, v in named(there).items()}
