@@ -85,10 +85,7 @@ class MethodConfig(BaseModel):
     def misfit(self, name: str, inputs: int) -> str | None:
         """Why a linear with ``inputs`` inputs cannot be compressed this way, or None."""
         group = getattr(self, "group_size", None)
-        if group and inputs % group:
-            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if inputs % g == 0 and g < group]
-            return f"group size {group} does not divide the {inputs} inputs of {name}" + (f" (try {fits[0]})" if fits else "")
-        return None
+        return f"group size {group} does not divide the {inputs} inputs of {name}" if group and inputs % group else None
 
     def unfit(self, linears: Mapping[str, int]) -> str | None:
         """Why a model with these ``linears`` (name -> inputs) cannot be compressed this way, or None."""
@@ -99,11 +96,27 @@ class MethodConfig(BaseModel):
         layers = self.compressed(linears)
         if not layers:
             return f"skip {list(self.skip)} leaves no layer to compress"
-        return next((why for name, c in layers.items() if (why := c.impossible() or c.misfit(name, linears[name]))), None)
+        for name, config in layers.items():
+            if why := config.impossible():
+                return why
+            if why := config.misfit(name, linears[name]):
+                return why + _smaller_group(config, layers, linears)
+        return None
 
     def compressed(self, linears: Iterable[str]) -> dict[str, MethodConfig]:
         """The parameters of each of ``linears`` that does not stay dense."""
         return {name: config for name in linears if (config := self.for_layer(name)) is not None}
+
+
+def _smaller_group(misfit: MethodConfig, layers: Mapping[str, MethodConfig], linears: Mapping[str, int]) -> str:
+    """The largest usual group size that fits all layers with that of ``misfit``, as advice; nothing if another size is no help."""
+    group = getattr(misfit, "group_size", None) or 0
+    same = {n: c for n, c in layers.items() if getattr(c, "group_size", None) == group}
+    for size in (s for s in (256, 128, 96, 64, 48, 32, 16, 8) if s < group):
+        tried = {n: c.model_copy(update={"group_size": size}) for n, c in same.items()}
+        if not any(c.impossible() or c.misfit(n, linears[n]) for n, c in tried.items()):
+            return f" (try {size})"
+    return ""
 
 
 def parse_pattern(pattern: str | None) -> tuple[int, int] | None:

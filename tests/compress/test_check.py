@@ -108,6 +108,15 @@ def test_impossible_combinations_have_a_reason(config, method, params, says):
     assert says in incompatible(method, params, config.to_dict())
 
 
+def test_the_group_size_that_a_reason_names_fits_every_layer():
+    config = make_llama(hidden=64, intermediate=96).config
+    assert incompatible("rtn", {}, config).endswith("the 64 inputs of model.layers.0.self_attn.q_proj (try 32)")
+    assert incompatible("rtn", {"skip": ["*down_proj"]}, config).endswith("(try 64)")
+    assert incompatible("rtn", {"group_size": 64, "overrides": {"*.1.*": {"bits": 8}}}, config).endswith("down_proj (try 32)")
+    eights = {"pattern": "8:16", "bits": 4, "group_size": 48}
+    assert incompatible("sparsegpt", eights, make_llama(hidden=32, intermediate=80).config).endswith("q_proj (try 16)")
+
+
 def test_a_config_that_transformers_does_not_take_is_a_reason():
     config = make_llama().config.to_dict() | {"hidden_act": "nope"}
     assert "transformers cannot make a model of this config (KeyError: 'nope')" in incompatible("rtn", {}, config)
