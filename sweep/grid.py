@@ -81,6 +81,8 @@ def checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[st
 
     where = f"methods[{index}]"
     if block.method == "dense":
+        for name in block.model_extra or {}:
+            raise BadInput(f"dense takes no {name}", where=f"{where}.{name}", fix="Leave it out: dense is the model as it is.")
         return block, [{}]
     if block.backend != "comptrust":
         return block, [backends.check(block.backend, block.method, p, where=where) for p in block.params()]

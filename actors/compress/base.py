@@ -28,7 +28,7 @@ GroupSize = Annotated[
 class MethodConfig(BaseModel):
     """Base of every method's parameters: names, defaults, bounds. Everything here is part of a cell's identity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     skip: tuple[str, ...] = Field(default=(), description="globs over layer names that stay dense, e.g. '*.0.mlp.down_proj'")
     overrides: dict[str, dict[str, Any]] = Field(
@@ -131,9 +131,9 @@ def _pattern(value: str) -> str:
     if value == "unstructured":
         return value
     n, colon, m = value.partition(":")
-    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 32):
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 32):
         raise ValueError(f"pattern {value!r} is neither 'unstructured' nor N:M with N of M <= 32 weights kept, like '2:4'")
-    return value
+    return f"{int(n)}:{int(m)}"  # one spelling: formats and bytes go by it
 
 
 Pattern = Annotated[str, BeforeValidator(lambda p: p or "unstructured"), AfterValidator(_pattern)]
@@ -151,7 +151,7 @@ class PruningConfig(MethodConfig):
         if isinstance(values, dict) and values.get("sparsity") is None:
             values = {k: v for k, v in values.items() if k != "sparsity"}
             n, colon, m = str(values.get("pattern") or "").partition(":")
-            if colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m):
+            if colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m):
                 values["sparsity"] = 1 - int(n) / int(m)
         return values
 

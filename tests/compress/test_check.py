@@ -50,6 +50,8 @@ def test_defaults_are_complete_json_and_stable(method):
         ("magnitude", {"scope": "block"}, "methods[1].scope", "block"),
         ("nf4", {"block_size": 100}, "methods[1].block_size", "100"),
         ("gptq", {"damping": 0}, "methods[1].damping", "0"),
+        ("gptq", {"token_clip": float("inf")}, "methods[1].token_clip", "inf: Input should be a finite number"),
+        ("wanda", {"pattern": "\u00b2:4"}, "methods[1].pattern", "neither 'unstructured' nor N:M"),
         ("gptq", {"variant": {"reference": None}}, "methods[1].variant", "Input should be 'comptrust' or 'reference'"),
     ],
 )
@@ -64,6 +66,7 @@ def test_a_pattern_implies_its_sparsity_and_zero_group_means_per_channel():
     assert check("wanda", {"pattern": "2:4"})["sparsity"] == 0.5
     assert check("wanda", {"pattern": "1:4"})["sparsity"] == 0.75
     assert check("wanda", {"pattern": None, "sparsity": 0.3})["pattern"] == "unstructured"
+    assert check("wanda", {"pattern": "02:4"}) == check("wanda", {"pattern": "2:4"})
     assert check("rtn", {"group_size": 0})["group_size"] is None
 
 

@@ -97,6 +97,7 @@ def test_bad_values_name_value_place_and_fix(override, message):
         ("methods.0.bits=5", r"methods\[0\].bits: 5"),
         ("methods.0.group=64", r"methods\[0\].group: unknown parameter of rtn 'group'"),
         ("methods.5.pattern=4:2", r"methods\[5\].pattern.*4:2"),
+        ("methods.5={method: dense, bits: 4}", r"methods\[5\].bits: dense takes no bits. Leave it out"),
         ("models=[nowhere/at/all]", r"models\[0\].id: no model 'nowhere/at/all'"),
         ("models=[package:no-such-wheel]", r"models\[0\].id: .*no-such-wheel"),
         ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
