@@ -170,7 +170,7 @@ def _expand_model(
 ) -> None:
     from ..actors import compress, models
     from ..actors.compress import backends
-    from ..actors.evaluate.run import check_evaluation
+    from ..actors.evaluate.run import check_answers, check_evaluation
 
     where = f"models[{index}].id"
     ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin, commit=commit)
@@ -184,6 +184,7 @@ def _expand_model(
         raise BadInput(unsupported, where=where)
     evaluation = config.evaluation.model_copy(update={"engine": "transformers"})  # ``uninstalled`` saw to vLLM
     check_evaluation(evaluation, tokenizer, hf_config)
+    check_answers(config.evaluation, hf_config, where=where)
     grid.notes += [f"{model.id}: {cut}" for cut in grid.plan.cut_prompts(tokenizer, hf_config)]
     base = {
         "model": model.id,

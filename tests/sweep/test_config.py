@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comptrust.actors.api import evaluate
 from comptrust.actors.errors import BadInput
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
 from comptrust.sweep.grid import checked, expand, held, order
@@ -169,6 +170,18 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert grid.notes == []
     config["exclude"].append({"method": "rtn", "bits": 3})
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
+
+
+def test_a_model_that_cannot_answer_is_refused_before_the_work(tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "model_type": "mpt", "d_model": 64}))
+    refused = pytest.raises(BadInput, match="mpt tells positions by the place of keys in memory")
+    with refused as e:
+        expand(load_config(sweep_dict([tiny, model], tmp_path)))
+    assert e.value.where == "models[1].id"
+    with refused:
+        evaluate(model, {"suite": "smoke"})
 
 
 def test_prompts_beyond_a_models_context_are_told(tiny, tmp_path):
