@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from comptrust.actors.api import evaluate
 from comptrust.actors.errors import BadInput
+from comptrust.sweep import plan as plan_module
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
 from comptrust.sweep.grid import checked, expand, held, order
 from comptrust.sweep.plan import plan
@@ -307,6 +308,16 @@ def test_a_model_twice_is_refused_and_in_two_dtypes_is_two(tiny, tmp_path, monke
     assert [(r["model"], r["dtype"], r["cells"]) for r in rows] == [("tiny", "float32", 8), ("tiny", "bfloat16", 8)]
     grid = expand(config)
     assert {c.dtype: grid.need[held(c)].gpus for c in grid.cells} == {"float32": 1, "bfloat16": 2}
+
+
+def test_plan_tells_the_host_memory_of_gblm(tiny, tmp_path, monkeypatch):
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] += [{"method": "gblm"}]
+    assert plan(load_config(config))["note"] is None
+    monkeypatch.setattr(plan_module, "_tokens", lambda cell: 2**21)  # 4 inputs of 2 blocks, 64 wide, float32
+    assert plan(load_config(config))["note"].endswith(
+        ": gblm keeps 2 GB of calibration inputs in host memory, those of every block"
+    )
 
 
 @pytest.mark.parametrize("model", ["./tyni", "package:llm-smolm2"])
