@@ -143,13 +143,14 @@ def evaluate(
     from . import models
     from .evaluate.config import EvaluationConfig
     from .evaluate.data import load_pack
-    from .evaluate.run import check_evaluation, plan_evaluation
+    from .evaluate.run import check_answers, check_evaluation, plan_evaluation
     from .evaluate.run import evaluate as run
 
     config, dtype = _config(EvaluationConfig, evaluation, "evaluation"), _dtype(dtype)
     ref, dense_ref = models.resolve(str(model), where="MODEL"), models.resolve(str(dense), where="--dense") if dense else None
     plan = plan_evaluation(config, load_pack())
-    check_evaluation(config, tokenizer := models.load_tokenizer(ref), models.load_config(ref))
+    check_evaluation(config, tokenizer := models.load_tokenizer(ref), shapes := models.load_config(ref))
+    check_answers(config, shapes, where="MODEL")
     if dense_ref and models.load_tokenizer(dense_ref).get_vocab() != tokenizer.get_vocab():
         raise BadInput(
             f"{model} and {dense} have different vocabularies", where="--dense", fix="Name the model it was made from."

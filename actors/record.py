@@ -238,13 +238,17 @@ class Record:
 
     def list(self, folder: str, suffix: str = ".parquet") -> list[str]:
         """Paths below ``root`` of the files in ``folder``, sorted; temporary files are not listed."""
+        return sorted(self.written(folder, suffix))
+
+    def written(self, folder: str, suffix: str = ".parquet") -> dict[str, int]:
+        """When each file that ``list`` names was last written, in ns by the clock of the store."""
         selector = pafs.FileSelector(f"{self.root}/{folder}", allow_not_found=True)
         prefix = len(self.root.rstrip("/")) + 1
-        return sorted(
-            i.path[prefix:]
+        return {
+            i.path[prefix:]: i.mtime_ns or 0
             for i in self.fs.get_file_info(selector)
             if i.type == pafs.FileType.File and i.base_name.endswith(suffix) and not i.base_name.startswith(".")
-        )
+        }
 
     def done(self) -> set[str]:
         """Keys of all committed cells, compacted ones included. A cell whose parts were damaged or removed since is not among them."""

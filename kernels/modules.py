@@ -62,6 +62,8 @@ class CompressedLinear(nn.Module):
         return kernel.name if kernel else "torch" if self.dense is None else "dense"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features or x.dtype != self.dtype:  # the operation takes both from x
+            raise ValueError(f"x must be [..., {self.in_features}] {self.dtype}, got {tuple(x.shape)} {x.dtype}")
         if self.dense is not None and self.kernel(x.numel() // self.in_features) == "dense":
             return self.dense(x)
         tensors = [getattr(self, name) for name in self.names]

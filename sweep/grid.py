@@ -81,6 +81,8 @@ def checked(block: MethodConfig, index: int) -> tuple[MethodConfig, list[dict[st
 
     where = f"methods[{index}]"
     if block.method == "dense":
+        for name in block.model_extra or {}:
+            raise BadInput(f"dense takes no {name}", where=f"{where}.{name}", fix="Leave it out: dense is the model as it is.")
         return block, [{}]
     if block.backend != "comptrust":
         return block, [backends.check(block.backend, block.method, p, where=where) for p in block.params()]
@@ -168,7 +170,7 @@ def _expand_model(
 ) -> None:
     from ..actors import compress, models
     from ..actors.compress import backends
-    from ..actors.evaluate.run import check_evaluation
+    from ..actors.evaluate.run import check_answers, check_evaluation
 
     where = f"models[{index}].id"
     ref = models.resolve(model.id, where=where, allow_bin=model.allow_bin, commit=commit)
@@ -182,6 +184,7 @@ def _expand_model(
         raise BadInput(unsupported, where=where)
     evaluation = config.evaluation.model_copy(update={"engine": "transformers"})  # ``uninstalled`` saw to vLLM
     check_evaluation(evaluation, tokenizer, hf_config)
+    check_answers(config.evaluation, hf_config, where=where)
     grid.notes += [f"{model.id}: {cut}" for cut in grid.plan.cut_prompts(tokenizer, hf_config)]
     base = {
         "model": model.id,

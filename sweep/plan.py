@@ -41,7 +41,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         if not any(word in e.problem for word in UNREACHABLE):
             raise
         return _unresolved(config, e)
-    prompt = _prompt_tokens(grid.plan)
+    prompt, notes = _prompt_tokens(grid.plan), list(grid.notes)
     record = Record(config.results)
     record.check_readable(where="results")
     done = record.done()
@@ -49,8 +49,10 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     for name, model in grid.need.items():
         cells = [c for c in grid.cells if held(c) == name]
         ref = models.resolve(model.id, allow_bin=model.allow_bin, commit=cells[0].revision)
-        params = parameters(models.load_config(ref))
+        params = parameters(shapes := models.load_config(ref))
         width = 4 if cells[0].dtype == "float32" else 2
+        if (host := max(_host_bytes(c, shapes, width) for c in cells) / 1e9) >= 1:
+            notes.append(f"{model.id}: gblm keeps {host:.0f} GB of calibration inputs in host memory, those of every block")
         seconds = sum(
             _seconds(c.method, _tokens(c), params, width, prompt, grid.plan.new_tokens) for c in cells if c.key not in done
         )
@@ -58,7 +60,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         per_model.append(_row(model.id, ref.revision, cells[0].dtype, params, len(cells), n_done, seconds, width, config))
     names = of_cells(grid.cells)
     listed = [{"key": c.key, "model": c.model, "cell": names[c.key], "done": c.key in done} for c in grid.cells]
-    return _answer(config, grid.plan, listed, [vars(s) for s in grid.skipped], per_model, grid.notes)
+    return _answer(config, grid.plan, listed, [vars(s) for s in grid.skipped], per_model, notes)
 
 
 def _prompt_tokens(evaluation: Any) -> float:
@@ -68,6 +70,12 @@ def _prompt_tokens(evaluation: Any) -> float:
 
 def _tokens(cell: Cell) -> int:
     return (cell.calibration or {}).get("samples", 0) * (cell.calibration or {}).get("seqlen", 0)
+
+
+def _host_bytes(cell: Cell, model_config: Any, width: int) -> int:
+    """Calibration inputs of all blocks and the gradients behind the last, which GBLM keeps in host memory; 0 for other methods."""
+    text = model_config.get_text_config()
+    return (text.num_hidden_layers + 2) * _tokens(cell) * text.hidden_size * width if cell.method == "gblm" else 0
 
 
 def _seconds(method: str, calibration: float, params: int, width: int, prompt: float, generated: float) -> float:

@@ -307,6 +307,20 @@ def _generation_keys(record: Record, generations: Sequence[str]) -> set[str]:
     return keys
 
 
+def _marked(record: Record) -> dict[str, int]:
+    """When the mark of the newest generation that holds it was written, by key."""
+    times: dict[str, int] = {}
+    for path, written in sorted(record.written("compact/cells").items()):
+        times |= dict.fromkeys(_generation_keys(record, [Path(path).stem]), written)
+    return times
+
+
+def _written(results: Results) -> dict[str, int]:
+    """When the parts that are merged were last written."""
+    keys = set(results._keys)
+    return {p: t for name in TABLES for p, t in results.record.written(name).items() if Path(p).stem in keys}
+
+
 def _read_schema(record: Record, path: str) -> pa.Schema:
     with record.fs.open_input_file(f"{record.root}/{path}") as f:
         return pq.read_schema(f)
@@ -316,39 +330,46 @@ def compact(uri: str | Path) -> tuple[int, int]:
     """Merge part files into one generation and remove what was read. Returns (cells merged, part files removed).
 
     The generation's ``cells`` file is written last and is its commit mark; a crash before it changes nothing, one after it leaves
-    parts that readers know to be read already and that the next ``compact`` removes.
+    parts that readers know to be read already and that the next ``compact`` removes. Parts younger than the mark are those of a
+    ``rescore`` under way, and stay.
     """
     from .launch import check_writable
 
     results = load_results(uri)
     check_writable(record := results.record)
+    parts = _written(results)
     merged = len(results._keys)
     old = list(results.generations)
     removed = 0
     if merged or len(old) > 1:
         gen = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         try:
-            _write_merged(results, gen)
+            _write_merged(results, gen, parts)
         except (duckdb.Error, FileNotFoundError):
-            if not results._compacted():
+            if not _moved(results, parts):
                 raise
             for name in (*TABLES, "wide"):
                 record.delete(f"compact/{name}/{gen}.parquet")
-            raise BadInput("another compaction ended meanwhile", where="RESULTS", fix="Run it again.") from None
+            raise BadInput("another compaction or a rescoring ended meanwhile", where="RESULTS", fix="Run it again.") from None
         for name in (*TABLES, "wide"):
             for g in old:
                 record.delete(f"compact/{name}/{g}.parquet")
-    listed = _generation_keys(record, _generations(record))
+    marked = _marked(record)
     for name in ("cells", "metrics", "items", "layers"):  # the mark first: parts without it are ignored
-        for path in record.list(name):
-            if Path(path).stem in listed and path not in results.ignored:
+        for path, written in record.written(name).items():
+            if written <= marked.get(Path(path).stem, -1) and path not in results.ignored:
                 record.delete(path)
                 removed += 1
     return merged, removed
 
 
-def _write_merged(results: Results, gen: str) -> None:
-    """All tables of a generation, ``cells`` last. ``FileNotFoundError`` if another compaction removed what was to be read."""
+def _moved(results: Results, parts: dict[str, int]) -> bool:
+    """Whether what is merged was compacted or written anew since."""
+    return results._compacted() or _written(results) != parts
+
+
+def _write_merged(results: Results, gen: str, parts: dict[str, int]) -> None:
+    """All tables of a generation, ``cells`` last. ``FileNotFoundError`` if what was to be read was removed or written anew."""
     record, old = results.record, results.generations
     results._load("results")
     for name in ("layers", "items", "metrics"):
@@ -361,7 +382,7 @@ def _write_merged(results: Results, gen: str) -> None:
     reader = results.db.sql(wide).to_arrow_reader(100_000)
     _write_generation(record, "wide", gen, itertools.chain(reader, [reader.schema.empty_table()]))
     results._load("cells")
-    if results._compacted():  # before the mark: parts may have gone before they were read
+    if _moved(results, parts):  # before the mark: parts may have gone, or been judged anew, before they were read
         raise FileNotFoundError
     _write_generation(record, "cells", gen, results.db.sql("select * from cells").to_arrow_reader(100_000))
 

@@ -28,7 +28,7 @@ GroupSize = Annotated[
 class MethodConfig(BaseModel):
     """Base of every method's parameters: names, defaults, bounds. Everything here is part of a cell's identity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     skip: tuple[str, ...] = Field(default=(), description="globs over layer names that stay dense, e.g. '*.0.mlp.down_proj'")
     overrides: dict[str, dict[str, Any]] = Field(
@@ -85,10 +85,7 @@ class MethodConfig(BaseModel):
     def misfit(self, name: str, inputs: int) -> str | None:
         """Why a linear with ``inputs`` inputs cannot be compressed this way, or None."""
         group = getattr(self, "group_size", None)
-        if group and inputs % group:
-            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if inputs % g == 0 and g < group]
-            return f"group size {group} does not divide the {inputs} inputs of {name}" + (f" (try {fits[0]})" if fits else "")
-        return None
+        return f"group size {group} does not divide the {inputs} inputs of {name}" if group and inputs % group else None
 
     def unfit(self, linears: Mapping[str, int]) -> str | None:
         """Why a model with these ``linears`` (name -> inputs) cannot be compressed this way, or None."""
@@ -99,11 +96,27 @@ class MethodConfig(BaseModel):
         layers = self.compressed(linears)
         if not layers:
             return f"skip {list(self.skip)} leaves no layer to compress"
-        return next((why for name, c in layers.items() if (why := c.impossible() or c.misfit(name, linears[name]))), None)
+        for name, config in layers.items():
+            if why := config.impossible():
+                return why
+            if why := config.misfit(name, linears[name]):
+                return why + _smaller_group(config, layers, linears)
+        return None
 
     def compressed(self, linears: Iterable[str]) -> dict[str, MethodConfig]:
         """The parameters of each of ``linears`` that does not stay dense."""
         return {name: config for name in linears if (config := self.for_layer(name)) is not None}
+
+
+def _smaller_group(misfit: MethodConfig, layers: Mapping[str, MethodConfig], linears: Mapping[str, int]) -> str:
+    """The largest usual group size that fits all layers with that of ``misfit``, as advice; nothing if another size is no help."""
+    group = getattr(misfit, "group_size", None) or 0
+    same = {n: c for n, c in layers.items() if getattr(c, "group_size", None) == group}
+    for size in (s for s in (256, 128, 96, 64, 48, 32, 16, 8) if s < group):
+        tried = {n: c.model_copy(update={"group_size": size}) for n, c in same.items()}
+        if not any(c.impossible() or c.misfit(n, linears[n]) for n, c in tried.items()):
+            return f" (try {size})"
+    return ""
 
 
 def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
@@ -118,9 +131,9 @@ def _pattern(value: str) -> str:
     if value == "unstructured":
         return value
     n, colon, m = value.partition(":")
-    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 32):
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 32):
         raise ValueError(f"pattern {value!r} is neither 'unstructured' nor N:M with N of M <= 32 weights kept, like '2:4'")
-    return value
+    return f"{int(n)}:{int(m)}"  # one spelling: formats and bytes go by it
 
 
 Pattern = Annotated[str, BeforeValidator(lambda p: p or "unstructured"), AfterValidator(_pattern)]
@@ -138,7 +151,7 @@ class PruningConfig(MethodConfig):
         if isinstance(values, dict) and values.get("sparsity") is None:
             values = {k: v for k, v in values.items() if k != "sparsity"}
             n, colon, m = str(values.get("pattern") or "").partition(":")
-            if colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m):
+            if colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m):
                 values["sparsity"] = 1 - int(n) / int(m)
         return values
 

@@ -121,12 +121,8 @@ class Generator:
         self.limit = _context(self.config)
         self.ends = _end_tokens(model, tokenizer)
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
-        if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
-            raise CellError(
-                f"{self.config.model_type} has layers of type {sorted(unknown)}: only key-value attention is supported"
-            )
-        if self.config.model_type in _OWN_POSITIONS or getattr(self.config, "alibi", False):
-            raise CellError(f"{self.config.model_type} tells positions by the place of keys in memory, which this engine moves")
+        if why := cannot_answer(self.config):
+            raise CellError(why)
         self._window = (
             getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
         )
@@ -389,6 +385,15 @@ class Generator:
                     raise
             self.batch_size, self.pack_tokens = max(1, self.batch_size // 2), max(LEAST_TOKENS, self.pack_tokens // 2)
             clear_device_cache(garbage_collection=True)
+
+
+def cannot_answer(config: Any) -> str | None:
+    """Why a model of this (text) configuration cannot answer here, or None."""
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"{config.model_type} has layers of type {sorted(unknown)}: only key-value attention is supported"
+    if config.model_type in _OWN_POSITIONS or getattr(config, "alibi", False):
+        return f"{config.model_type} tells positions by the place of keys in memory, which this engine moves"
+    return None
 
 
 def _context(config: Any) -> int | None:

@@ -206,6 +206,14 @@ def check_evaluation(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBas
         check_tasks(config.lm_eval)
 
 
+def check_answers(config: EvaluationConfig, model_config: Any, *, where: str) -> None:
+    """``BadInput`` for a model that our engine cannot have answer."""
+    from .generate import cannot_answer
+
+    if config.engine == "transformers" and (why := cannot_answer(model_config.get_text_config())):
+        raise BadInput(why, where=where, fix="Leave the model out, or let vllm answer (evaluation.engine)")
+
+
 def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

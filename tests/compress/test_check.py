@@ -50,6 +50,8 @@ def test_defaults_are_complete_json_and_stable(method):
         ("magnitude", {"scope": "block"}, "methods[1].scope", "block"),
         ("nf4", {"block_size": 100}, "methods[1].block_size", "100"),
         ("gptq", {"damping": 0}, "methods[1].damping", "0"),
+        ("gptq", {"token_clip": float("inf")}, "methods[1].token_clip", "inf: Input should be a finite number"),
+        ("wanda", {"pattern": "\u00b2:4"}, "methods[1].pattern", "neither 'unstructured' nor N:M"),
         ("gptq", {"variant": {"reference": None}}, "methods[1].variant", "Input should be 'comptrust' or 'reference'"),
     ],
 )
@@ -64,6 +66,7 @@ def test_a_pattern_implies_its_sparsity_and_zero_group_means_per_channel():
     assert check("wanda", {"pattern": "2:4"})["sparsity"] == 0.5
     assert check("wanda", {"pattern": "1:4"})["sparsity"] == 0.75
     assert check("wanda", {"pattern": None, "sparsity": 0.3})["pattern"] == "unstructured"
+    assert check("wanda", {"pattern": "02:4"}) == check("wanda", {"pattern": "2:4"})
     assert check("rtn", {"group_size": 0})["group_size"] is None
 
 
@@ -106,6 +109,15 @@ def test_impossible_combinations_have_a_reason(config, method, params, says):
     check(method, params)  # each value alone is fine
     assert says in incompatible(method, params, config)
     assert says in incompatible(method, params, config.to_dict())
+
+
+def test_the_group_size_that_a_reason_names_fits_every_layer():
+    config = make_llama(hidden=64, intermediate=96).config
+    assert incompatible("rtn", {}, config).endswith("the 64 inputs of model.layers.0.self_attn.q_proj (try 32)")
+    assert incompatible("rtn", {"skip": ["*down_proj"]}, config).endswith("(try 64)")
+    assert incompatible("rtn", {"group_size": 64, "overrides": {"*.1.*": {"bits": 8}}}, config).endswith("down_proj (try 32)")
+    eights = {"pattern": "8:16", "bits": 4, "group_size": 48}
+    assert incompatible("sparsegpt", eights, make_llama(hidden=32, intermediate=80).config).endswith("q_proj (try 16)")
 
 
 def test_a_config_that_transformers_does_not_take_is_a_reason():

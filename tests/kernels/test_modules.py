@@ -67,6 +67,15 @@ def test_dtype_conversion_is_refused():
         m.half()
 
 
+@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize("x", [torch.zeros(2, 60), torch.zeros(2, 68), torch.zeros(2, 64).half()])
+def test_x_of_another_width_or_dtype_is_refused(format, x):
+    layer, kw = linear(format)
+    m = CompressedLinear(pack(layer.weight, format, **kw), layer.bias)
+    with pytest.raises(ValueError, match=r"x must be \[..., 64\] torch.float32, got \(2, "):
+        m(x)
+
+
 def tiny_llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

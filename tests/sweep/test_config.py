@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comptrust.actors.api import evaluate
 from comptrust.actors.errors import BadInput
+from comptrust.sweep import plan as plan_module
 from comptrust.sweep.config import SweepConfig, json_schema, load_config, parse_yaml, shipped
 from comptrust.sweep.grid import checked, expand, held, order
 from comptrust.sweep.plan import plan
@@ -97,6 +99,7 @@ def test_bad_values_name_value_place_and_fix(override, message):
         ("methods.0.bits=5", r"methods\[0\].bits: 5"),
         ("methods.0.group=64", r"methods\[0\].group: unknown parameter of rtn 'group'"),
         ("methods.5.pattern=4:2", r"methods\[5\].pattern.*4:2"),
+        ("methods.5={method: dense, bits: 4}", r"methods\[5\].bits: dense takes no bits. Leave it out"),
         ("models=[nowhere/at/all]", r"models\[0\].id: no model 'nowhere/at/all'"),
         ("models=[package:no-such-wheel]", r"models\[0\].id: .*no-such-wheel"),
         ("calibration.source=missing.txt", r"calibration.source: .*missing.txt"),
@@ -168,6 +171,18 @@ def test_dense_is_first_and_impossible_combinations_are_listed(tiny, tmp_path):
     assert grid.notes == []
     config["exclude"].append({"method": "rtn", "bits": 3})
     assert expand(load_config(config)).notes == ["exclude[1] fits no cell: {'method': 'rtn', 'bits': 3}"]
+
+
+def test_a_model_that_cannot_answer_is_refused_before_the_work(tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "model_type": "mpt", "d_model": 64}))
+    refused = pytest.raises(BadInput, match="mpt tells positions by the place of keys in memory")
+    with refused as e:
+        expand(load_config(sweep_dict([tiny, model], tmp_path)))
+    assert e.value.where == "models[1].id"
+    with refused:
+        evaluate(model, {"suite": "smoke"})
 
 
 def test_prompts_beyond_a_models_context_are_told(tiny, tmp_path):
@@ -293,6 +308,16 @@ def test_a_model_twice_is_refused_and_in_two_dtypes_is_two(tiny, tmp_path, monke
     assert [(r["model"], r["dtype"], r["cells"]) for r in rows] == [("tiny", "float32", 8), ("tiny", "bfloat16", 8)]
     grid = expand(config)
     assert {c.dtype: grid.need[held(c)].gpus for c in grid.cells} == {"float32": 1, "bfloat16": 2}
+
+
+def test_plan_tells_the_host_memory_of_gblm(tiny, tmp_path, monkeypatch):
+    config = sweep_dict([tiny], tmp_path)
+    config["methods"] += [{"method": "gblm"}]
+    assert plan(load_config(config))["note"] is None
+    monkeypatch.setattr(plan_module, "_tokens", lambda cell: 2**21)  # 4 inputs of 2 blocks, 64 wide, float32
+    assert plan(load_config(config))["note"].endswith(
+        ": gblm keeps 2 GB of calibration inputs in host memory, those of every block"
+    )
 
 
 @pytest.mark.parametrize("model", ["./tyni", "package:llm-smolm2"])

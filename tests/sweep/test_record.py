@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -242,6 +243,7 @@ def test_compact_interrupted_before_removal_shows_each_cell_once(record, monkeyp
     compact(record.uri)
     for path, data in parts.items():  # as if the crash came before the parts were removed
         record.put(path, data)
+        os.utime(f"{record.root}/{path}", (0, 0))
     results = load_results(record.uri)
     assert results.rows("select count(*) n from cells") == [{"n": 1}]
     assert results.rows("select count(*) n from items") == [{"n": 3}]

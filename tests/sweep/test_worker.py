@@ -191,6 +191,45 @@ def test_rescore_beside_a_compaction_gives_up_and_repeats(grid, computed, tmp_pa
     assert rescore(str(folder)) == (4, 0) and Record(folder).done() == {c.key for c in grid[1]}
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_compacting_beside_a_rescoring_keeps_the_new_judgements(grid, computed, tmp_path, monkeypatch, compacted):
+    """One that began before the parts were judged anew gives up; one in the middle of it removes none of them."""
+    import shutil
+
+    from comptrust.sweep import rescore as module
+    from comptrust.sweep import results as results_module
+
+    folder = tmp_path / "copy"
+    shutil.copytree(computed[0], folder)
+    key = grid[1][1].key
+    table = Record(folder).get_table(f"items/{key}.parquet").to_pylist()
+    Record(folder).put_table(
+        f"items/{key}.parquet", to_table("items", [{**r, "outcome": "wrong", "score": 0.0} for r in table])
+    )
+    if compacted:
+        compact(folder)
+        beside, place, name = lambda: compact(folder), module, "_complete"
+    else:
+        beside, place, name = lambda: rescore(str(folder)), results_module, "_write_generation"
+    original = getattr(place, name)
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        beside()
+        return original(*args)
+
+    monkeypatch.setattr(place, name, meanwhile)
+    if compacted:
+        rescore(str(folder))
+    else:
+        with pytest.raises(BadInput, match="a rescoring ended meanwhile"):
+            compact(folder)
+    for _ in range(2):
+        for query in (f"select * from {t} order by all" for t in ("metrics", "items", "cells", "layers")):
+            assert rows(folder, query) == rows(computed[0], query)
+        compact(folder)
+
+
 def test_a_failing_cell_is_a_row_and_the_next_one_runs(grid, tmp_path, monkeypatch):
     config, cells = grid
     made = worker(config, tmp_path)
