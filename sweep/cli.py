@@ -467,6 +467,8 @@ def doctor(format: FormatOpt = TextFormat.table) -> None:
 
 
 def main() -> None:
+    from safetensors import SafetensorError
+
     try:
         app(standalone_mode=True)
     except BadInput as e:
@@ -475,6 +477,6 @@ def main() -> None:
     except CellError as e:
         print(f"failed: {e}", file=sys.stderr)
         sys.exit(1)
-    except OSError as e:  # a store that begins to refuse, a full disk
+    except (OSError, SafetensorError) as e:  # a store that begins to refuse, a full disk
         print(f"failed: {type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(1)

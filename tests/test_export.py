@@ -374,6 +374,38 @@ def test_a_damaged_artefact_counts_as_absent(tmp_path, damage):
     assert cache.get("k") is None and not path.exists()
 
 
+FULL = """
+import resource, sys, torch
+from comptrust.actors.compress.artifacts import ArtifactCache
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    ArtifactCache(sys.argv[1], 10**6).put("k", {"t": torch.zeros(1000)}, {})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """safetensors has an error of its own for it, by which a full cache failed the cell and `export` ended in a traceback."""
+    run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "cache")], capture_output=True, text=True)
+    assert "File too large" in run.stdout, run.stderr
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}'
+    )
+    small = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); from comptrust.sweep.cli import main; main()"
+    )
+    arguments = ["compress", str(tmp_path / "model"), "--method", "rtn", "--group-size", "32", "-o", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-c", small, *arguments], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "failed: SafetensorError: Error while serializing: I/O error: File too large" in run.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "model"]
+
+
 def _hammer(root, worker):
     cache = ArtifactCache(root, 20_000)
     for i in range(20):
