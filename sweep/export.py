@@ -46,13 +46,15 @@ def export_cell(
     uri: str, prefix: str, output: Path, format: str = "auto", progress: Callable[[str, int, int], None] | None = None
 ) -> str:
     """Write the checkpoint of a cell with its measured row on the card; returns a sentence with the place and the format."""
+    from ..actors import models
     from ..actors.actor import Worker, WorkerConfig
     from ..actors.compress.export import check_format, check_output, export
 
     check_output(output)
     cell, row, config = find_cell(uri, prefix)
-    check_format(format, cell.method, cell.params)
     allow_bin = tuple(m.id for m in config.models if m.allow_bin)
+    ref = models.resolve(cell.model, allow_bin=cell.model in allow_bin, commit=cell.revision)
+    check_format(format, cell.method, cell.params, models.load_config(ref), cell.backend)
     worker = Worker(WorkerConfig(record=uri, evaluation={}, allow_bin=allow_bin), progress)
     worker.prepare(cell)
     if worker.error is not None:

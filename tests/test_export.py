@@ -116,22 +116,40 @@ def test_a_fresh_process_gives_the_same_logits(reloaded, name):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
-ACT_ORDER = {
+MORE = {
     "act-order": ("gptq", {"order": "act", "group_size": 32}),
     "by channel": ("gptq", {"order": "act", "group_size": None}),
+    "act-order in one block": ("gptq", {"group_size": 32, "overrides": {"*.1.*": {"order": "act"}}}),
+    "asymmetric in one block": ("rtn", {"group_size": 32, "overrides": {"*.1.*": {"symmetric": False}}}),
+    "an override that changes nothing": ("rtn", {"group_size": 32, "overrides": {"*.1.*": {"bits": 4}}}),
+    "codes in one block": ("sparsegpt", {"pattern": "2:4", "overrides": {"*.1.*": {"bits": 4, "group_size": 32, "refit": 0}}}),
+}
+ODD = {
+    "32 codes a word": ("rtn", {"bits": 3, "group_size": 8}),
+    "16 codes a word": ("rtn", {"bits": 2, "group_size": 8}),
+    "8 outputs a word": ("rtn", {"bits": 4, "group_size": None}),
+    "4 codes a word": ("rtn", {"bits": 8, "group_size": None}),
 }
 
 
-@pytest.mark.parametrize("name", [n for n in CASES | ACT_ORDER if n != "awq" and "16" not in n])
+def odd():
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 256, "hidden_size": 40, "intermediate_size": 88, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1, head_dim=10)).eval()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES | MORE | ODD if n != "awq" and "16" not in n.partition("-")[2]])
 def test_what_a_format_can_hold_is_known_before_the_work(model, tmp_path, name):
-    method, params = (CASES | ACT_ORDER)[name][:2]
+    method, params = (CASES | MORE | ODD)[name][:2]
+    model = odd() if name in ODD else model
     compressed, possible = compress(model, method, params, TOKENS), set()
     for format in FORMATS:
         try:
-            check_format(format, method, check(method, params, where=method))
-        except BadInput:
-            with pytest.raises(BadInput, match=r"^--format: "):
+            check_format(format, method, check(method, params, where=method), model.config)
+        except BadInput as error:
+            with pytest.raises(BadInput, match=r"^--format: ") as late:
                 export(compressed, None, tmp_path / format, format=format)
+            assert late.value.problem in error.problem
         else:
             possible.add(export(compressed, None, tmp_path / format, format=format).format)
     assert export(compressed, None, tmp_path / "auto").format in possible
@@ -447,6 +465,37 @@ def test_weights_have_the_names_that_other_readers_know(tmp_path):
         packed = format == "gptq"
         again = read_checkpoint(folder, compressed.model).model if packed else AutoModelForCausalLM.from_pretrained(folder)
         assert torch.equal(logits(again), logits(compressed.model))
+
+
+def plain(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode", "nanochat"])
+def test_architectures_that_ask_every_linear_for_a_weight_are_dequantised_on_load(tmp_path, kind):
+    """Their checkpoints could not be loaded by transformers at all."""
+    from transformers import AutoModelForCausalLM
+
+    compressed = compress(plain(kind), "rtn", {"bits": 4, "group_size": 32})
+    done = export(compressed, None, tmp_path / "out")
+    assert done.format == "compressed-tensors"
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(done.path)), logits(compressed.model), rtol=0, atol=1e-5
+    )
+
+
+def test_falcons_own_linears_are_not_written_as_bitsandbytes(tmp_path):
+    """transformers could not load them: it puts bitsandbytes' modules in the place of ``nn.Linear`` alone."""
+    model = plain("falcon")
+    for format in ("auto", "bitsandbytes"):
+        with pytest.raises(BadInput, match=r"bitsandbytes cannot hold this cell of nf4: .*Falcon has its own. Take another"):
+            check_format(format, "nf4", check("nf4", {}), model.config)
+    with pytest.raises(BadInput, match="Falcon has its own"):
+        export(compress(model, "nf4", {}), None, tmp_path / "out")
 
 
 def test_gptqs_layout_leaves_the_head_whatever_it_is_called(tmp_path):
