@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -469,6 +470,7 @@ def doctor(format: FormatOpt = TextFormat.table) -> None:
 def main() -> None:
     from safetensors import SafetensorError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written checkpoint is cleared away
     try:
         app(standalone_mode=True)
     except BadInput as e:

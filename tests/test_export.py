@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,6 +402,30 @@ try:
 except OSError as error:
     print(error)
 """
+
+
+TERMINATED = """
+import os, signal, sys
+import comptrust.actors.compress.export as exports
+from comptrust.actors.compress import compress
+from comptrust.sweep import cli
+sys.path.insert(0, sys.argv[2])
+from test_export import tiny
+
+def ended(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+write, exports._save = exports._save, ended
+cli.app = lambda **_: exports.export(compress(tiny(), "rtn", {"group_size": 32}), None, sys.argv[1])
+cli.main()
+"""
+
+
+def test_a_command_that_is_told_to_end_leaves_no_half_checkpoint(tmp_path):
+    """As large as the model, in a hidden folder that nothing removed."""
+    run = subprocess.run([sys.executable, "-c", TERMINATED, str(tmp_path / "out"), str(Path(__file__).parent)])
+    assert run.returncode == 143 and not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
