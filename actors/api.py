@@ -81,12 +81,13 @@ def compress(
         backends.check_installed(backend)
     else:
         filled = methods.check(method, params, where=method)
-    check_format(format, method, filled)
     ref = models.resolve(model, where="MODEL")
     shapes = models.load_config(ref)
     reason = backends.incompatible(backend, method, filled, shapes) if foreign else methods.incompatible(method, filled, shapes)
     if reason:
         raise BadInput(reason, where=f"{method} on {model}")
+    if output is not None:
+        check_format(format, method, filled, shapes, backend)
     tokens = digest = None
     if known.needs_calibration:
         needed = 1 if foreign else methods.required_tokens(method, filled, shapes)

@@ -605,6 +605,13 @@ def _check_counts(spec: str, held: Mapping[str, int], config: Any) -> None:
     extra = tuple(f"blk.{n}." for n in range(depth, depth + 9))  # for predicting several tokens at once
     have = sum(n for name, n in held.items() if name != tied and not name.startswith(extra))
     want = sum({id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}.values())
+    places = held.get("position_embd.weight", 0) // text.hidden_size  # GPT-2's
+    if places and places != text.max_position_embeddings:
+        raise BadInput(
+            f"{spec!r} has a context of {places:,} tokens, and transformers makes it one of {text.max_position_embeddings:,}",
+            where="model",
+            fix="Give safetensors",
+        )
     if have != want:
         raise BadInput(
             f"{spec!r} holds {have:,} weights, and the {type(model).__name__} that transformers makes of it {want:,}",

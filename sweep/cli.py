@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -467,6 +468,9 @@ def doctor(format: FormatOpt = TextFormat.table) -> None:
 
 
 def main() -> None:
+    from safetensors import SafetensorError
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written checkpoint is cleared away
     try:
         app(standalone_mode=True)
     except BadInput as e:
@@ -475,6 +479,6 @@ def main() -> None:
     except CellError as e:
         print(f"failed: {e}", file=sys.stderr)
         sys.exit(1)
-    except OSError as e:  # a store that begins to refuse, a full disk
+    except (OSError, SafetensorError) as e:  # a store that begins to refuse, a full disk
         print(f"failed: {type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..actors.cell import Cell
 from ..actors.errors import BadInput
-from .config import SweepConfig
+from ..actors.models import resolve
+from .config import ModelConfig, SweepConfig
 from .grid import config_of, expand
 from .results import load_results
 
@@ -15,8 +17,8 @@ from .results import load_results
 def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
     """The cell behind a key of the record, its row of ``results``, and the sweep that holds it.
 
-    It is known by its weights: neither the sweep's other models nor the data that it was evaluated on need be here, nor a GPU, which
-    decides on the dtype where the sweep names none.
+    It is known by its weights: neither the sweep's other models, the calibration of other methods nor the data that it was evaluated
+    on need be here, nor a GPU, which decides on the dtype where the sweep names none; and its own model may have another name by now.
     """
     results = load_results(uri)
     key = results.find(prefix)
@@ -26,12 +28,9 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
             if key not in form["keys"]:
                 continue
             config = config_of(form)
-            mine = tuple(
-                m.model_copy(update={"dtype": row["dtype"]})
-                for m in config.models
-                if m.id == row["model"] and m.dtype in (None, row["dtype"])
-            )
-            found = expand(config.model_copy(update={"models": mine[:1]}), installed=False, commit=row["revision"])
+            same = tuple(m for m in config.methods if m.method == row["method"])
+            mine = config.model_copy(update={"models": (_model(config, row),), "methods": same})
+            found = expand(mine, installed=False, commit=row["revision"])
             for cell in found.cells:
                 if cell.artifact_key == row["artifact_key"]:
                     asked = {"suite": row["suite"], "evaluation": row["evaluation"]}
@@ -42,17 +41,36 @@ def find_cell(uri: str, prefix: str) -> tuple[Cell, dict, SweepConfig]:
     )  # fmt: skip
 
 
+def _model(config: SweepConfig, row: dict) -> ModelConfig:
+    """The model of a sweep that a row is of, in the row's dtype: by its name, or by its content where it was moved since."""
+    there = [m for m in config.models if m.dtype in (None, row["dtype"])]
+    for model in [m for m in there if m.id == row["model"]] or there:
+        with suppress(BadInput):
+            ref = resolve(model.id, allow_bin=model.allow_bin, commit=row["revision"])
+            named = (
+                ref.kind != "hub" or ref.spec.partition("@")[0] == row["model"].partition("@")[0]
+            )  # every one takes the commit
+            if named and ref.revision == row["revision"]:
+                return model.model_copy(update={"dtype": row["dtype"]})
+    raise BadInput(
+        f"the model {row['model']!r} of this cell is not here any more, or has changed",
+        where="CELL", fix="Put it back, or name its new place in the sweep and run that: it computes nothing twice",
+    )  # fmt: skip
+
+
 def export_cell(
     uri: str, prefix: str, output: Path, format: str = "auto", progress: Callable[[str, int, int], None] | None = None
 ) -> str:
     """Write the checkpoint of a cell with its measured row on the card; returns a sentence with the place and the format."""
+    from ..actors import models
     from ..actors.actor import Worker, WorkerConfig
     from ..actors.compress.export import check_format, check_output, export
 
     check_output(output)
     cell, row, config = find_cell(uri, prefix)
-    check_format(format, cell.method, cell.params)
     allow_bin = tuple(m.id for m in config.models if m.allow_bin)
+    ref = models.resolve(cell.model, allow_bin=cell.model in allow_bin, commit=cell.revision)
+    check_format(format, cell.method, cell.params, models.load_config(ref), cell.backend)
     worker = Worker(WorkerConfig(record=uri, evaluation={}, allow_bin=allow_bin), progress)
     worker.prepare(cell)
     if worker.error is not None:

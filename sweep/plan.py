@@ -57,7 +57,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
             _seconds(c.method, _tokens(c), params, width, prompt, grid.plan.new_tokens) for c in cells if c.key not in done
         )
         n_done = sum(c.key in done for c in cells)
-        per_model.append(_row(model.id, ref.revision, cells[0].dtype, params, len(cells), n_done, seconds, width, config))
+        kept = 4 if ref.path is not None and ref.path.suffix == ".gguf" else width  # GGUF is converted to float32
+        per_model.append(_row(model.id, ref.revision, cells[0].dtype, params, len(cells), n_done, seconds, width, config, kept))
     names = of_cells(grid.cells)
     listed = [{"key": c.key, "model": c.model, "cell": names[c.key], "done": c.key in done} for c in grid.cells]
     return _answer(config, grid.plan, listed, [vars(s) for s in grid.skipped], per_model, notes)
@@ -86,7 +87,7 @@ def _seconds(method: str, calibration: float, params: int, width: int, prompt: f
 
 def _row(
     model: str, revision: str | None, dtype: str | None, params: int | None, cells: int, done: int, seconds: float | None, width: int,
-    config: SweepConfig,
+    config: SweepConfig, kept: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
     size = (params or 0) * width
     # Beside the dense model a worker holds a compressed copy, and a byte of codes a weight.
@@ -97,7 +98,7 @@ def _row(
         "model": model, "revision": revision, "dtype": dtype, "parameters": params, "cells": cells, "done": done,
         "memory_gb": round(held / 1e9 + 1, 1) if params else None,
         "gpu_hours": round(seconds / 3600, 2) if seconds is not None else None,
-        "disk_gb": round(cached + size / 1e9, 1) if params else None,
+        "disk_gb": round(cached + (params or 0) * kept / 1e9, 1) if params else None,
     }  # fmt: skip
 
 

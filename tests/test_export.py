@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,22 +117,40 @@ def test_a_fresh_process_gives_the_same_logits(reloaded, name):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
-ACT_ORDER = {
+MORE = {
     "act-order": ("gptq", {"order": "act", "group_size": 32}),
     "by channel": ("gptq", {"order": "act", "group_size": None}),
+    "act-order in one block": ("gptq", {"group_size": 32, "overrides": {"*.1.*": {"order": "act"}}}),
+    "asymmetric in one block": ("rtn", {"group_size": 32, "overrides": {"*.1.*": {"symmetric": False}}}),
+    "an override that changes nothing": ("rtn", {"group_size": 32, "overrides": {"*.1.*": {"bits": 4}}}),
+    "codes in one block": ("sparsegpt", {"pattern": "2:4", "overrides": {"*.1.*": {"bits": 4, "group_size": 32, "refit": 0}}}),
+}
+ODD = {
+    "32 codes a word": ("rtn", {"bits": 3, "group_size": 8}),
+    "16 codes a word": ("rtn", {"bits": 2, "group_size": 8}),
+    "8 outputs a word": ("rtn", {"bits": 4, "group_size": None}),
+    "4 codes a word": ("rtn", {"bits": 8, "group_size": None}),
 }
 
 
-@pytest.mark.parametrize("name", [n for n in CASES | ACT_ORDER if n != "awq" and "16" not in n])
+def odd():
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 256, "hidden_size": 40, "intermediate_size": 88, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1, head_dim=10)).eval()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES | MORE | ODD if n != "awq" and "16" not in n.partition("-")[2]])
 def test_what_a_format_can_hold_is_known_before_the_work(model, tmp_path, name):
-    method, params = (CASES | ACT_ORDER)[name][:2]
+    method, params = (CASES | MORE | ODD)[name][:2]
+    model = odd() if name in ODD else model
     compressed, possible = compress(model, method, params, TOKENS), set()
     for format in FORMATS:
         try:
-            check_format(format, method, check(method, params, where=method))
-        except BadInput:
-            with pytest.raises(BadInput, match=r"^--format: "):
+            check_format(format, method, check(method, params, where=method), model.config)
+        except BadInput as error:
+            with pytest.raises(BadInput, match=r"^--format: ") as late:
                 export(compressed, None, tmp_path / format, format=format)
+            assert late.value.problem in error.problem
         else:
             possible.add(export(compressed, None, tmp_path / format, format=format).format)
     assert export(compressed, None, tmp_path / "auto").format in possible
@@ -374,6 +393,62 @@ def test_a_damaged_artefact_counts_as_absent(tmp_path, damage):
     assert cache.get("k") is None and not path.exists()
 
 
+FULL = """
+import resource, sys, torch
+from comptrust.actors.compress.artifacts import ArtifactCache
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    ArtifactCache(sys.argv[1], 10**6).put("k", {"t": torch.zeros(1000)}, {})
+except OSError as error:
+    print(error)
+"""
+
+
+TERMINATED = """
+import os, signal, sys
+import comptrust.actors.compress.export as exports
+from comptrust.actors.compress import compress
+from comptrust.sweep import cli
+sys.path.insert(0, sys.argv[2])
+from test_export import tiny
+
+def ended(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+write, exports._save = exports._save, ended
+cli.app = lambda **_: exports.export(compress(tiny(), "rtn", {"group_size": 32}), None, sys.argv[1])
+cli.main()
+"""
+
+
+def test_a_command_that_is_told_to_end_leaves_no_half_checkpoint(tmp_path):
+    """As large as the model, in a hidden folder that nothing removed."""
+    run = subprocess.run([sys.executable, "-c", TERMINATED, str(tmp_path / "out"), str(Path(__file__).parent)])
+    assert run.returncode == 143 and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """safetensors has an error of its own for it, by which a full cache failed the cell and `export` ended in a traceback."""
+    run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "cache")], capture_output=True, text=True)
+    assert "File too large" in run.stdout, run.stderr
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}'
+    )
+    small = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); from comptrust.sweep.cli import main; main()"
+    )
+    arguments = ["compress", str(tmp_path / "model"), "--method", "rtn", "--group-size", "32", "-o", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-c", small, *arguments], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "failed: SafetensorError: Error while serializing: I/O error: File too large" in run.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "model"]
+
+
 def _hammer(root, worker):
     cache = ArtifactCache(root, 20_000)
     for i in range(20):
@@ -415,6 +490,37 @@ def test_weights_have_the_names_that_other_readers_know(tmp_path):
         packed = format == "gptq"
         again = read_checkpoint(folder, compressed.model).model if packed else AutoModelForCausalLM.from_pretrained(folder)
         assert torch.equal(logits(again), logits(compressed.model))
+
+
+def plain(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode", "nanochat"])
+def test_architectures_that_ask_every_linear_for_a_weight_are_dequantised_on_load(tmp_path, kind):
+    """Their checkpoints could not be loaded by transformers at all."""
+    from transformers import AutoModelForCausalLM
+
+    compressed = compress(plain(kind), "rtn", {"bits": 4, "group_size": 32})
+    done = export(compressed, None, tmp_path / "out")
+    assert done.format == "compressed-tensors"
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(done.path)), logits(compressed.model), rtol=0, atol=1e-5
+    )
+
+
+def test_falcons_own_linears_are_not_written_as_bitsandbytes(tmp_path):
+    """transformers could not load them: it puts bitsandbytes' modules in the place of ``nn.Linear`` alone."""
+    model = plain("falcon")
+    for format in ("auto", "bitsandbytes"):
+        with pytest.raises(BadInput, match=r"bitsandbytes cannot hold this cell of nf4: .*Falcon has its own. Take another"):
+            check_format(format, "nf4", check("nf4", {}), model.config)
+    with pytest.raises(BadInput, match="Falcon has its own"):
+        export(compress(model, "nf4", {}), None, tmp_path / "out")
 
 
 def test_gptqs_layout_leaves_the_head_whatever_it_is_called(tmp_path):

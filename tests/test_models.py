@@ -339,6 +339,27 @@ def test_gguf_of_which_transformers_makes_another_model_is_refused(options, mess
         models.load_config(models.resolve(str(path)))
 
 
+def test_a_context_that_transformers_does_not_read_from_gguf_is_named():
+    """transformers makes every GPT-2 of GGUF one of 1,024 tokens."""
+    from transformers import GPT2Config
+
+    with pytest.raises(BadInput, match=r"'a.gguf' has a context of 512 tokens, and transformers makes it one of 1,024"):
+        models._check_counts("a.gguf", {"position_embd.weight": 512 * 64}, GPT2Config(n_embd=64, n_layer=2, n_head=4))
+
+
+def test_plan_counts_the_disk_of_a_converted_model(gguf_file, folder, tmp_path, monkeypatch):
+    """GGUF is converted to float32, whatever dtype the model runs in: half of it was counted."""
+    from comptrust.sweep import plan as plans
+    from comptrust.sweep.config import load_config
+
+    monkeypatch.setattr(plans, "parameters", lambda config: 10**9)
+    for model, disk in ((gguf_file, 6.0), (folder, 4.0)):
+        written = {"name": "n", "models": [{"id": str(model), "dtype": "bfloat16"}], "methods": [{"method": "dense"}],
+                   "evaluation": {"suite": "smoke", "dimensions": ["ethics"], "template": "plain"},
+                   "results": str(tmp_path / "record")}  # fmt: skip
+        assert plans.plan(load_config(written))["models"][0]["disk_gb"] == disk
+
+
 @pytest.mark.parametrize("kept", [0.1, 0.9])
 def test_a_cut_gguf_file_is_refused(kept, gguf_file, tmp_path, cache):
     whole = gguf_file.read_bytes()

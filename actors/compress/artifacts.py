@@ -62,7 +62,7 @@ class ArtifactCache:
         return tensors, meta
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bool:
-        """Keep an artefact, whole or not at all; False if it alone is larger than the budget. ``meta`` is JSON."""
+        """Keep an artefact, whole or not at all; False if it alone is larger than the budget. ``meta`` is JSON. OSError: a full disk."""
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if size > self.budget:
             return False
@@ -76,6 +76,8 @@ class ArtifactCache:
                 os.fsync(written.fileno())
             with FileLock(self.root / ".lock"):
                 os.replace(temporary, self._path(key))
+        except SafetensorError as error:  # what its writer makes of an error of the disk
+            raise OSError(str(error)) from error
         finally:
             Path(temporary).unlink(missing_ok=True)
         self._sweep(room_for=0)

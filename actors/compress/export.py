@@ -29,6 +29,7 @@ from ..errors import BadInput
 from ..models import rename
 from .artifacts import separate
 from .base import Compressed, StoredLinear
+from .structure import decoder_blocks, named_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,8 @@ FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "dense")
 #: Our packed form in an exported folder. One level down: vLLM takes every ``*.safetensors`` beside the weights for weights.
 PACKED = "packed/packed.safetensors"
 _BITSANDBYTES = ("int8", "nf4", "fp4")
+#: Architectures of which transformers 5.23, making the model, asks every linear for a weight, and packed ones have none.
+_ASKS_FOR_WEIGHTS = ("falcon", "gpt_bigcode", "nanochat")
 #: Order in which AWQ's GEMM layout puts eight codes into a word.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -64,30 +67,50 @@ def check_output(out_dir: Path | str) -> Path:
     return out
 
 
-def check_format(format: str, method: str, params: Mapping[str, Any]) -> None:
-    """BadInput for an unknown format, or one that cannot hold what ``method`` makes of ``params``; ask before the long work."""
-    from . import METHODS
+def check_format(format: str, method: str, params: Mapping[str, Any], model_config: Any, backend: str = "comptrust") -> None:
+    """BadInput for an unknown format, or one that cannot hold what ``method`` makes of a model; ask before the long work.
 
-    spec, bits = METHODS[method], params.get("bits")
-    act = params.get("order") == "act" and params.get("group_size") is not None
-    mixed = any({"bits", "group_size", "symmetric"} & {*o} for o in (params.get("overrides") or {}).values())
-    if spec.backend == "bitsandbytes":
-        fit = {"bitsandbytes"}
-    elif spec.format == "w8a8":
-        fit = {"compressed-tensors"}
-    elif bits is None:
-        fit = {"dense"}
-    else:
-        fit = {"dense"}
-        if not act:
-            fit.add("compressed-tensors")
-        if not mixed and not params.get("skip"):
-            fit.add("gptq")
-        if bits == 4 and not act and not mixed:
-            fit.add("awq")
-    if format != "auto" and format not in fit:
-        problem = f"{format} cannot hold this cell of {method}" if format in FORMATS else f"unknown format {format!r}"
-        raise BadInput(problem, where="--format", fix=f"One of: auto, {', '.join(f for f in FORMATS if f in fit)}")
+    ``model_config``: the model's transformers config. Reads no weights.
+    """
+    if format not in (*FORMATS, "auto"):
+        raise BadInput(f"unknown format {format!r}", where="--format", fix=f"One of: auto, {', '.join(FORMATS)}")
+    made, why = _foreseen(method, params, model_config, backend), {}
+    for name, fit in _FITS.items():
+        try:
+            fit(made, [])
+        except BadInput as error:
+            why[name] = error.problem
+    if (chosen := _choose(made, []) if format == "auto" else format) in why:
+        others = [f for f in FORMATS if f not in why]
+        fix = f"One of: auto, {', '.join(others)}" if others else "Take another method"
+        raise BadInput(f"{chosen} cannot hold this cell of {method}: {why[chosen]}", where="--format", fix=fix)
+
+
+def _foreseen(method: str, params: Mapping[str, Any], model_config: Any, backend: str) -> Compressed:
+    """What ``method`` will make of a model, with shapes alone."""
+    from transformers import AutoModelForCausalLM
+
+    from . import METHODS, backends
+
+    spec = METHODS[method]
+    schema = backends.BACKENDS[backend][method] if backend in backends.BACKENDS else spec.config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+        some = torch.empty(0)
+    prefix, blocks = decoder_blocks(model)
+    linears = named_linears(prefix, blocks) if method != "dense" else {}
+    stored = {}
+    for name, c in schema.model_validate(dict(params)).compressed(linears).items():
+        shape, bits = (linears[name].out_features, linears[name].in_features), getattr(c, "bits", None)
+        group, codes = getattr(c, "group_size", None), bits is not None and spec.backend != "bitsandbytes"
+        stored[name] = StoredLinear(
+            name, shape, bits or 16, codes=some if codes else None, scale=some if codes else None,
+            zero=some if codes and not getattr(c, "symmetric", True) else None, group_size=group if codes else None,
+            group_index=some if codes and group and getattr(c, "order", None) == "act" else None,
+            pattern=getattr(c, "pattern", None),
+            format={"llm_int8": "int8", "nf4": "nf4", "fp4": "fp4"}.get(method, spec.format if codes else "pruned"),
+        )  # fmt: skip
+    return Compressed(model, stored=stored)
 
 
 def export(
@@ -155,13 +178,14 @@ def _choose(compressed: Compressed, notes: list[str]) -> str:
         return "bitsandbytes"
     if _act_order(compressed.stored):
         try:
-            _check_gptq(compressed, {n: s for n, s in compressed.stored.items() if _integer(s)})
+            _fit_gptq(compressed, [])
         except BadInput as error:
             notes.append(f"Only GPTQ's layout has act-order, and it cannot hold this model: {error.problem}.")
             return "dense"
         return "gptq"
-    schemes = {(s.bits, s.group_size, s.symmetric) for s in layers if _integer(s)}
-    if not schemes or (len(schemes) > 1 and any(not symmetric for _, _, symmetric in schemes)):
+    try:
+        _fit_compressed_tensors(compressed, [])
+    except BadInput:
         return "dense"
     return "compressed-tensors"
 
@@ -175,16 +199,89 @@ def _act_order(layers: Mapping[str, StoredLinear]) -> bool:
     return any(s.codes is not None and s.group_index is not None for s in layers.values())
 
 
+# --- what a format can hold: the layers that it takes, BadInput where it cannot hold the model -------------------------------
+
+
+def _fit_dense(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    if any(s.format in (*_BITSANDBYTES, "w8a8") for s in compressed.stored.values()):
+        raise BadInput(
+            "these layers compute with quantised inputs, which dense weights cannot hold", where="--format", fix="Use auto"
+        )
+    return {}
+
+
+def _fit_compressed_tensors(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    layers = _codes(compressed, "compressed-tensors", notes)
+    if _act_order(layers):
+        raise BadInput(
+            "compressed-tensors has no act-order with a group index any more", where="--format", fix="Use format gptq"
+        )
+    if _dense_on_load(compressed, layers) and len({(s.bits, s.group_size, s.symmetric) for s in layers.values()}) > 1:
+        raise BadInput(
+            "transformers cannot load these layers in several widths or groupings", where="--format", fix="Use dense"
+        )
+    return layers
+
+
+def _dense_on_load(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> bool:
+    """Whether transformers must dequantise on load, which knows one scheme a model: compressed-tensors 0.20 lays out no packed zero
+    points for it to load into, and some architectures ask packed layers for a weight."""
+    return any(not s.symmetric for s in layers.values()) or compressed.model.config.model_type in _ASKS_FOR_WEIGHTS
+
+
+def _fit_gptq(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    layers = _codes(compressed, "gptq", notes)
+    head = compressed.model.get_output_embeddings()
+    if others := [n for n in _others(compressed.model, layers) if compressed.model.get_submodule(n) is not head]:
+        raise BadInput(f"GPTQ's layout has no place for dense layers ({others[0]})", where="--format", fix="Use auto")
+    bits, _, _ = _uniform(layers, "gptq")
+    step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
+    for name, s in layers.items():
+        if any(size % step for size in s.shape):
+            size = " x ".join(map(str, s.shape))
+            raise BadInput(f"{name} is {size}, GPTQ's layout packs {step} codes at a time", where="--format", fix="Use auto")
+    return layers
+
+
+def _fit_awq(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    layers = _codes(compressed, "awq", notes)
+    bits, _, _ = _uniform(layers, "awq")
+    if bits != 4 or _act_order(layers):
+        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="--format", fix="Use auto")
+    for name, s in layers.items():
+        if s.shape[0] % 8:
+            raise BadInput(f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="--format", fix="Use auto")
+    return layers
+
+
+def _fit_bitsandbytes(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
+    if not layers:
+        raise BadInput("no layer was made by bitsandbytes", where="--format", fix="Use auto")
+    if compressed.model.config.model_type == "falcon":
+        raise BadInput(
+            "transformers puts bitsandbytes' layers in the place of torch's alone, and Falcon has its own", where="--format",
+            fix="Take another method",
+        )  # fmt: skip
+    return layers
+
+
+_FITS = {
+    "compressed-tensors": _fit_compressed_tensors,
+    "gptq": _fit_gptq,
+    "awq": _fit_awq,
+    "bitsandbytes": _fit_bitsandbytes,
+    "dense": _fit_dense,
+}
+
+
 # --- one writer a format: (tensors, quantization_config) ---------------------------------------------------------------------
 
 _Written = tuple[dict[str, Tensor], dict[str, Any] | None]
 
 
 def _dense(compressed: Compressed, notes: list[str]) -> _Written:
-    if compressed.stored and any(s.format in (*_BITSANDBYTES, "w8a8") for s in compressed.stored.values()):
-        raise BadInput(
-            "these layers compute with quantised inputs, which dense weights cannot hold", where="--format", fix="Use auto"
-        )
+    _fit_dense(compressed, notes)
     if any(s.codes is not None for s in compressed.stored.values()):
         notes.append("Weights lie on an integer grid but are stored in full precision.")
     if any(s.pattern for s in compressed.stored.values()):
@@ -198,11 +295,7 @@ def _dense(compressed: Compressed, notes: list[str]) -> _Written:
 def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    layers = _codes(compressed, "compressed-tensors", notes)
-    if any(s.group_index is not None for s in layers.values()):
-        raise BadInput(
-            "compressed-tensors has no act-order with a group index any more", where="--format", fix="Use format gptq"
-        )
+    layers = _fit_compressed_tensors(compressed, notes)
     dtype = _dtype(compressed.model)
     tensors = _rest(compressed, set(layers))
     schemes: dict[tuple, list[str]] = {}
@@ -252,11 +345,7 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
         "ignore": _others(compressed.model, layers),
         "kv_cache_scheme": None,
     }
-    if any(not symmetric for _, _, symmetric in schemes):
-        # compressed-tensors 0.20 lays out no packed zero points for transformers to load into; dequantising on load needs none,
-        # but knows one scheme a model.
-        if len(schemes) > 1:
-            raise BadInput("transformers cannot load asymmetric layers of several widths", where="--format", fix="Use dense")
+    if _dense_on_load(compressed, layers):
         config["dequantize"] = True
     return tensors, config
 
@@ -264,9 +353,9 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
 def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    layers = _codes(compressed, "gptq", notes)
-    bits, group, symmetric = _check_gptq(compressed, layers)
-    act_order = any(s.group_index is not None for s in layers.values())
+    layers = _fit_gptq(compressed, notes)
+    bits, group, symmetric = _uniform(layers, "gptq")
+    act_order = _act_order(layers)
     if act_order or not symmetric:
         notes.append(f"vLLM 0.32 does not read GPTQ's layout {'with act-order' if act_order else 'with zero points'}.")
     tensors = _rest(compressed, set(layers))
@@ -293,14 +382,10 @@ def _gptq(compressed: Compressed, notes: list[str]) -> _Written:
 
 
 def _awq(compressed: Compressed, notes: list[str]) -> _Written:
-    layers = _codes(compressed, "awq", notes)
-    bits, group, _ = _uniform(layers, "awq")
-    if bits != 4 or any(s.group_index is not None for s in layers.values()):
-        raise BadInput("AWQ's layout holds 4-bit codes without act-order only", where="--format", fix="Use auto")
+    layers = _fit_awq(compressed, notes)
+    _, group, _ = _uniform(layers, "awq")
     tensors = _rest(compressed, set(layers))
     for name, s in layers.items():
-        if s.shape[0] % 8:
-            raise BadInput(f"{name} has {s.shape[0]} outputs, AWQ's layout packs 8 a word", where="--format", fix="Use auto")
         codes_IO, zero_GO, scale_GO = _unsigned(s)
         tensors[f"{name}.qweight"] = _pack_awq(codes_IO)
         tensors[f"{name}.qzeros"] = _pack_awq(zero_GO)
@@ -318,9 +403,7 @@ def _awq(compressed: Compressed, notes: list[str]) -> _Written:
 def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
     from transformers import BitsAndBytesConfig
 
-    layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
-    if not layers:
-        raise BadInput("no layer was made by bitsandbytes", where="--format", fix="Use auto")
+    layers = _fit_bitsandbytes(compressed, notes)
     notes.append("vLLM 0.32 does not read checkpoints of bitsandbytes.")
     module: Any = compressed.model.get_submodule(next(iter(layers)))
     skip = _others(compressed.model, layers)
@@ -380,20 +463,6 @@ def _uniform(layers: Mapping[str, StoredLinear], format: str) -> tuple[int, int 
     if len(kinds) > 1:
         raise BadInput(f"{format} has one width and group size for all layers", where="--format", fix="Use auto")
     return kinds.pop()
-
-
-def _check_gptq(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> tuple[int, int | None, bool]:
-    """Width, group size and symmetry of all layers; BadInput where GPTQ's layout cannot hold the model."""
-    head = compressed.model.get_output_embeddings()
-    if others := [n for n in _others(compressed.model, layers) if compressed.model.get_submodule(n) is not head]:
-        raise BadInput(f"GPTQ's layout has no place for dense layers ({others[0]})", where="--format", fix="Use auto")
-    bits, group, symmetric = _uniform(layers, "gptq")
-    step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
-    for name, s in layers.items():
-        if any(size % step for size in s.shape):
-            size = " x ".join(map(str, s.shape))
-            raise BadInput(f"{name} is {size}, GPTQ's layout packs {step} codes at a time", where="--format", fix="Use auto")
-    return bits, group, symmetric
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

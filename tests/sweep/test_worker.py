@@ -395,6 +395,36 @@ def test_export_needs_the_cells_own_model_alone(tiny, tiny_pair, tmp_path, monke
     assert cell.key in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_cell_is_exported_from_where_its_model_lies_now(tiny, tmp_path):
+    """After a move the sweep says that nothing is left to do, and its cells could not be exported; nor could RTN's where the calibration
+    text of another method was gone."""
+    import shutil
+
+    from comptrust.sweep.export import export_cell
+    from comptrust.sweep.launch import register
+
+    before = shutil.copytree(tiny, tmp_path / "before")
+    (text := tmp_path / "text.txt").write_text((Path(comptrust.__file__).parent / "actors/data/calibration.txt").read_text())
+    written = sweep_dict([before], tmp_path / "record")
+    written["methods"] = [{"method": "magnitude", "pattern": "2:4"}, {"method": "wanda", "pattern": "2:4"}]
+    written["calibration"] |= {"source": str(text)}
+    config = load_config(written)
+    found = expand(config)
+    cell = next(c for c in found.cells if c.method == "magnitude")
+    record = Record(config.results)
+    register(record, config, found)
+    record.commit(cell_row(cell, status="done", attempts=1), [], [])
+
+    before.rename(tmp_path / "after")
+    with pytest.raises(BadInput, match=r"CELL: the model .*before' of this cell is not here any more.* name its new place"):
+        export_cell(config.results, cell.key, tmp_path / "out")
+    moved = load_config(written | {"models": [str(tmp_path / "after")]})
+    register(record, moved, expand(moved))
+    text.unlink()
+    export_cell(config.results, cell.key, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_a_branch_that_moves_leaves_worker_plan_and_export_at_the_commit(tiny, tmp_path, monkeypatch):
     """The cells of a sweep that runs when the model's branch moves failed, and a chosen one could not be exported any more."""
     from comptrust.actors import models
