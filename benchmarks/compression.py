@@ -6,8 +6,9 @@
 `.npy` files hold int64 token ids [windows, length]; any other file is UTF-8 text, cut into windows as long as those of the calibration
 set, evenly spaced; ``python-reference`` is the Python Language Reference, which every CPython holds (`pydoc_data.topics`). Every text
 is one column. Reference values recorded from the peers on another day are printed beside ours; with ``--references`` the published
-algorithms of `references.py` run too, in this process; with ``--peers`` the libraries of `comptrust backends` that are installed, each in
-its environment and on the same thread. What a library needs to start, load and save (its RTN, for llm-compressor) is not counted.
+algorithms of `references.py` run too, in this process (of bitsandbytes' methods: what transformers loads with its configuration); with
+``--peers`` the libraries of `comptrust backends` that are installed, each in its environment and on the same thread. What a library
+needs to start, load and save (its RTN, for llm-compressor) is not counted.
 """
 
 from __future__ import annotations
@@ -97,15 +98,28 @@ CELLS: dict[str, dict] = {
     },
     "rtn 4 g64": {
         "cell": ("rtn", {"bits": 4, "group_size": 64}, 0), "recorded": (1.0, 59.38), "peer": "llm-compressor 0.14",
+        "peers": [("llmcompressor", "rtn", {"bits": 4, "group_size": 64})],
     },
     "rtn 4 g64 asymmetric": {
         "cell": ("rtn", {"bits": 4, "group_size": 64, "symmetric": False}, 0), "recorded": (1.0, 55.23), "peer": "llm-compressor 0.14",
+        "peers": [("llmcompressor", "rtn", {"bits": 4, "group_size": 64, "symmetric": False})],
     },
-    "nf4": {"cell": ("nf4", {}, 0), "recorded": (10.0, 55.83), "peer": "bitsandbytes 0.50.2"},
-    "llm_int8": {"cell": ("llm_int8", {}, 0), "recorded": (7.0, 46.03), "peer": "bitsandbytes 0.50.2"},
+    "nf4": {
+        "cell": ("nf4", {}, 0), "recorded": (10.0, 55.83), "peer": "bitsandbytes 0.50.2",
+        "reference": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}),
+    },
+    "fp4": {
+        "cell": ("fp4", {}, 0),
+        "reference": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}),
+    },
+    "llm_int8": {
+        "cell": ("llm_int8", {}, 0), "recorded": (7.0, 46.03), "peer": "bitsandbytes 0.50.2",
+        "reference": ("bitsandbytes", {"load_in_8bit": True}),
+    },
     "sparsegpt 2:4 4 g64": {"cell": ("sparsegpt", {"pattern": "2:4", "bits": 4, "group_size": 64}, 16)},
-    "gblm 50%": {"cell": ("gblm", {"sparsity": 0.5}, 16)},
-    "smoothquant": {"cell": ("smoothquant", {}, 4)},
+    "gblm 50%": {"cell": ("gblm", {"sparsity": 0.5}, 16), "reference": ("gblm", {"sparsity": 0.5, "nm": None})},
+    "gblm 2:4": {"cell": ("gblm", {"pattern": "2:4"}, 16), "reference": ("gblm", {"sparsity": 0.5, "nm": (2, 4)})},
+    "smoothquant": {"cell": ("smoothquant", {}, 16), "reference": ("smoothquant", {})},
 }  # fmt: skip
 
 
@@ -196,15 +210,19 @@ def main() -> None:
         method, params, samples = spec["cell"]
         tokens = calibration[:samples] if samples else None
         ours = measure(name, lambda m=method, p=params, t=tokens: compress(model, m, p, t).model)
-        theirs = None
+        theirs = {}
         if args.references and "reference" in spec:
 
             def published(spec=spec, tokens=tokens):
+                method, knobs = spec["reference"]
+                if method == "bitsandbytes":
+                    return references.by_transformers(str(models.model_folder(ref, None)), **knobs)
                 dense = copy.deepcopy(model)
-                references.run(dense, tokens, spec["reference"][0], **spec["reference"][1])
+                references.run(dense, tokens, method, **knobs)
                 return dense
 
-            theirs = measure(f"{name}, published algorithm", published)
+            who = "transformers" if spec["reference"][0] == "bitsandbytes" else "published algorithm"
+            theirs = {who: measure(f"{name}, {who}", published)}
         libraries = {}
         for library, *cell in spec.get("peers", ()):
             if library in ready:
@@ -212,7 +230,7 @@ def main() -> None:
                 libraries[library] = measure(
                     f"{name}, {library}", lambda a=(library, *cell, tokens): peer(*a), clock=children_cpu, less=less
                 )
-        table.append((name, spec, ours, ({"published algorithm": theirs} if theirs else {}) | libraries))
+        table.append((name, spec, ours, theirs | libraries))
     print(
         "\n| cell | CPU s | "
         + " | ".join(f"perplexity {t}" for t in texts)
