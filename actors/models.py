@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import os
 import pickle
@@ -29,6 +30,8 @@ from .errors import BadInput
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -352,6 +355,8 @@ def _on_hub(spec: str, where: str, allow_bin: bool) -> ModelRef:
                 where=where,
                 fix="Give a directory, package:NAME, or set HF_HOME to a cache that holds it",
             ) from error
+        if status:  # without network, or offline by choice, the cache is what is meant
+            log.warning("the hub answers HTTP %d: %s is taken as it was last seen, at commit %s", status, spec, commit)
         return ModelRef(spec, "hub", commit, allow_bin=allow_bin)
     names = [s.rfilename for s in info.siblings or []]
     if not any(n.endswith(".safetensors") and "/" not in n for n in names):

@@ -519,6 +519,14 @@ def test_a_commit_found_before_holds_though_its_branch_moves(hub):
     assert models.resolve("org/name", commit=before).revision == before
 
 
+def test_a_hub_that_is_out_of_order_is_said(hub, folder, tmp_path, caplog):
+    ref = models.resolve("org/name")
+    shutil.copytree(folder, tmp_path / "hub" / "models--org--name" / "snapshots" / ref.revision)
+    hub.refuses = 503
+    assert models.resolve("org/name").revision == ref.revision
+    assert f"the hub answers HTTP 503: org/name is taken as it was last seen, at commit {ref.revision}" in caplog.text
+
+
 @pytest.mark.parametrize("spec", ["org/name", "org/name@v1", "org/name@refs/pr/1"])
 def test_what_was_read_by_branch_is_found_without_the_hub(hub, folder, tmp_path, monkeypatch, spec):
     ref = models.resolve(spec)
