@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 #: Methods a grid may name, in the order reports show them.
 METHODS = ("dense", "rtn", "gptq", "awq", "smoothquant", "llm_int8", "nf4", "fp4", "magnitude", "wanda", "sparsegpt", "gblm")
 #: Methods whose code was repaired since with other weights as the result; what was made before is made again.
-#: 1: AWQ and SmoothQuant folded scales wrongly into norms like Gemma's in 16 bits.
-REVISIONS = {"awq": 1, "smoothquant": 1}
+#: AWQ and SmoothQuant folded scales wrongly into norms like Gemma's in 16 bits; on symmetric grids the largest weights shrank.
+REVISIONS = {"rtn": 1, "gptq": 1, "awq": 2, "smoothquant": 2, "sparsegpt": 1}
 #: The eight trust dimensions, ours.
 DIMENSIONS = ("toxicity", "stereotype", "adversarial", "ood", "demonstrations", "privacy", "ethics", "fairness")
 

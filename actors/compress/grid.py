@@ -19,6 +19,13 @@ def half_exact(scale: Tensor) -> Tensor:
     return scale.clamp(TINY, 65504.0).half().float()
 
 
+def half_below(scale: Tensor) -> Tensor:
+    """The largest float16 that is not above ``scale``, never zero, as float32."""
+    scale = scale.clamp(TINY, 65504.0)
+    half = scale.half()
+    return (half.view(torch.int16) - (half.float() > scale).to(torch.int16)).view(torch.float16).float()
+
+
 def span(W: Tensor, symmetric: bool, dim: int = 1) -> tuple[Tensor, Tensor]:
     """Ends of the range a grid has to cover, along ``dim`` (kept, length 1). An asymmetric one always holds 0."""
     if symmetric:
@@ -30,12 +37,13 @@ def span(W: Tensor, symmetric: bool, dim: int = 1) -> tuple[Tensor, Tensor]:
 def over(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """The grid of a `span`: (scale float32, zero point float32 or None).
 
-    Symmetric: scale = 2 max|w| / (2^b - 1), codes -2^(b-1) .. 2^(b-1) - 1. Asymmetric: 0 is a point of the grid, so that a pruned
-    weight stays exactly zero.
+    Symmetric: scale = 2 max|w| / (2^b - 1), codes -2^(b-1) .. 2^(b-1) - 1. The largest weights lie half-way between two codes, and the
+    scale is rounded down so that -max always takes the lowest one, as in exact arithmetic: where it takes the one above, the largest
+    weight of every group shrinks, whatever its sign. Asymmetric: 0 is a point of the grid, so that a pruned weight stays exactly zero.
     """
     levels = 2**bits - 1
     if symmetric:
-        return half_exact(high * (2 / levels)), None
+        return half_below(high * (2 / levels)), None
     scale = half_exact((high - low) / levels)
     return scale, (-low / scale).round_().clamp_(0, levels)
 

@@ -55,6 +55,17 @@ def test_symmetric_scale_is_two_over_levels_of_the_largest_weight():
     assert grid.quantise(torch.tensor([[0.5, -7.5, 7.5]]), scale, None, 4).tolist() == [[0.0, -8.0, 7.0]]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_weights_do_not_all_shrink(bits):
+    """They lie half-way between two codes: with a scale rounded up the largest weight of a group lost half a step, whatever its sign."""
+    W = torch.randn(5000, 16, generator=torch.Generator().manual_seed(bits)) * 0.02
+    scale, _ = grid.fit(W, bits, symmetric=True)
+    assert (scale <= 2 * W.abs().amax(1, keepdim=True) / (2**bits - 1)).all()
+    largest = W.gather(1, W.abs().argmax(1, keepdim=True))
+    codes = grid.quantise(largest, scale, None, bits)
+    assert torch.equal(codes, torch.where(largest < 0, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1))
+
+
 @pytest.mark.parametrize("W", [torch.zeros(2, 16), torch.full((2, 16), 1e-12)])
 def test_vanishing_weights_give_finite_zeros(W):
     for symmetric in (True, False):
