@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..actors.cell import DIMENSIONS, Cell, canonical
+from ..actors.evaluate.conventions import pseudo_values
 from . import statistics as st
 from .results import Results
 
@@ -321,29 +322,8 @@ class Parts:
         # A dense cell is asked by every cell that is compared with it, always for the same prompts.
         asked = tuple(clusters)
         if asked not in self._pseudo:
-            self._pseudo[asked] = self._leave_out(asked)
+            self._pseudo[asked] = pseudo_values(self.cells, self.combine, asked)
         return self._pseudo[asked]
-
-    def _leave_out(self, clusters: Sequence[Hashable]) -> np.ndarray | None:
-        g, at = len(clusters), {c: i for i, c in enumerate(clusters)}
-        left, whole = {}, {}
-        for name, pairs in self.cells.items():
-            known = [(at[c], v) for c, v in pairs if c in at]
-            if not known:
-                continue
-            index, values = np.array([i for i, _ in known]), np.array([v for _, v in known], float)
-            total = values.sum() - np.bincount(index, values, g)
-            count = len(values) - np.bincount(index, minlength=g)
-            left[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-            whole[name] = values.mean(keepdims=True)
-        if not whole:
-            return None
-        score = float(self.combine(whole)[0])
-        if math.isnan(score):
-            return None
-        without = np.asarray(self.combine(left), float)
-        pseudo = np.where(np.isnan(without), score, g * score - (g - 1) * without)
-        return pseudo + (score - pseudo.mean())
 
 
 def _outcome(row: Row) -> str:

@@ -42,38 +42,57 @@ def nanmean(values: Iterable[np.ndarray]) -> np.ndarray:
     return np.where(count > 0, np.where(there, parts, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
 
 
-def estimate(cells: Cells, combine: Combine, *, bounds: tuple[float, float] = (0.0, 100.0)) -> Estimate:
-    """The score and its 95% interval, resampling clusters (the items that share a source prompt) with a fixed seed.
+def pseudo_values(cells: Cells, combine: Combine, clusters: Sequence[Hashable]) -> np.ndarray | None:
+    """Jackknife pseudo-values of the score over ``clusters``, centred on the score itself; None if there is no score."""
+    g, at = len(clusters), {c: i for i, c in enumerate(clusters)}
+    left, whole = {}, {}
+    for name, pairs in cells.items():
+        known = [(at[c], v) for c, v in pairs if c in at]
+        if not known:
+            continue
+        index, values = np.array([i for i, _ in known]), np.array([v for _, v in known], float)
+        total = values.sum() - np.bincount(index, values, g)
+        count = len(values) - np.bincount(index, minlength=g)
+        left[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        whole[name] = values.mean(keepdims=True)
+    if not whole:
+        return None
+    score = float(combine(whole)[0])
+    if np.isnan(score):
+        return None
+    without = np.asarray(combine(left), float)
+    pseudo = np.where(np.isnan(without), score, g * score - (g - 1) * without)
+    return pseudo + (score - pseudo.mean())
 
-    When every replicate gives the same score (all answers alike) the bootstrap knows nothing, so the interval is Wilson's
-    with the number of clusters, scaled to ``bounds``.
+
+def estimate(cells: Cells, combine: Combine, *, bounds: tuple[float, float] = (0.0, 100.0)) -> Estimate:
+    """The score and its 95% interval: a bootstrap of the clusters' pseudo-values (the items of one source prompt are one), with a
+    fixed seed. Answers resampled and scored anew would drop a cell with each prompt that is not drawn, which hides most of the
+    spread where cells hold one or two prompts.
+
+    Where no cluster moves the score (all answers alike) the bootstrap knows nothing, so the interval is Wilson's with the number of
+    clusters, scaled to ``bounds``.
     """
-    cells = {name: list(pairs) for name, pairs in cells.items() if len(pairs)}
-    if not cells:
+    cells = {name: pairs for name, pairs in cells.items() if len(pairs)}
+    clusters = list(dict.fromkeys(c for pairs in cells.values() for c, _ in pairs))
+    pseudo = pseudo_values({name: _shrunk(pairs) for name, pairs in cells.items()}, combine, clusters)
+    if pseudo is None:
         return Estimate(None)
-    codes: dict[Hashable, int] = {}
-    where = {name: np.array([codes.setdefault(c, len(codes)) for c, _ in pairs]) for name, pairs in cells.items()}
-    values = {name: np.array([v for _, v in pairs], dtype=np.float64) for name, pairs in cells.items()}
-    value = float(combine({name: v.mean(keepdims=True) for name, v in values.items()})[0])
-    if np.isnan(value):
-        return Estimate(None)
-    replicates = max(100, min(_REPLICATES, _MAX_DRAWS // len(codes)))
+    value = float(combine({name: np.array([np.mean([v for _, v in pairs])]) for name, pairs in cells.items()})[0])
+    g, (least, most) = len(clusters), bounds
+    if np.ptp(pseudo) < 1e-9 * g:  # equal but for rounding: a mean of 2/3 and 2/3 need not be 2/3
+        low, high = wilson((value - least) / (most - least) * g, g)
+        return Estimate(value, least + low * (most - least), least + high * (most - least))
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    weights = np.stack(
-        [np.bincount(rng.integers(len(codes), size=len(codes)), minlength=len(codes)) for _ in range(replicates)]
-    ).astype(np.float32)
-    means = {}
-    for name, v in values.items():
-        w = weights[:, where[name]].astype(np.float64)
-        total = w.sum(axis=1)
-        means[name] = np.where(total > 0, (w @ v) / np.maximum(total, 1), np.nan)
-    scores = combine(means)
-    scores = scores[~np.isnan(scores)]
-    if len(scores) == 0 or np.ptp(scores) < 1e-9:  # equal but for rounding: a mean of 2/3 and 2/3 need not be 2/3
-        low, high = wilson((value - bounds[0]) / (bounds[1] - bounds[0]) * len(codes), len(codes))
-        return Estimate(value, bounds[0] + low * (bounds[1] - bounds[0]), bounds[0] + high * (bounds[1] - bounds[0]))
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return Estimate(value, min(float(low), value), max(float(high), value))
+    drawn = rng.integers(g, size=(max(100, min(_REPLICATES, _MAX_DRAWS // g)), g), dtype=np.int32)
+    low, high = np.percentile(pseudo[drawn].mean(axis=1), [2.5, 97.5])
+    return Estimate(value, min(max(float(low), least), value), max(min(float(high), most), value))
+
+
+def _shrunk(pairs: Sequence[tuple[Hashable, float]]) -> list[tuple[Hashable, float]]:
+    """Values nearer to their mean by as much as leaving one of few clusters out overstates their spread."""
+    mean, n = np.mean([v for _, v in pairs]), len({c for c, _ in pairs})
+    return [(c, mean + (v - mean) * np.sqrt(1 - 1 / n)) for c, v in pairs]
 
 
 def rates(dimension: str, scenario: str, hits: Mapping[str, int], rows: Sequence[Row]) -> list[MetricRow]:

@@ -186,7 +186,7 @@ class Pack:
     @cached_property
     def checksums(self) -> dict[str, str]:
         """SHA-256 of every data file, by file name."""
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in self._files.values()}
+        return {p.name: hashlib.sha256(_bytes(p)).hexdigest() for p in self._files.values()}
 
     @property
     def digest(self) -> str:
@@ -207,7 +207,7 @@ class Pack:
         for manifest in (self.folder / "MANIFEST.md", self.folder / "SHA256SUMS"):
             if not manifest.is_file():
                 continue
-            for expected, path in _SHA.findall(manifest.read_text(encoding="utf-8")):
+            for expected, path in _SHA.findall(manifest.read_text(encoding="utf-8-sig", errors="replace")):
                 expected, name = expected.lower(), Path(path).name  # `sha256sum ./*` writes the folder, too
                 found = self.checksums.get(name)
                 if found is None and _stem(Path(name)) in FIELDS:
@@ -226,10 +226,17 @@ def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".jsonl") if path.name.endswith((".jsonl", ".jsonl.gz")) else ""
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise BadInput(f"cannot read: {e.strerror}", where=str(path), fix="Copy the pack again") from e
+
+
 def _parse(path: Path, name: str) -> list[dict[str, Any]]:
     records, seen = [], set()
+    data = _bytes(path)
     try:
-        data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise BadInput(f"cannot read: {e}", where=str(path), fix="Copy the pack again") from e

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from .protocol import Judgement, Outcome
 
 _SPECIAL = re.compile(r"<\|?/?(?:unk|s|pad|im_start|im_end|endoftext|eot_id|end_of_text)\|?>")
+#: Where these stand in an answer as text, something else begins ("positive</s>Sentence: ...").
+_END = re.compile(r"</s>|<\|(?:im_end|endoftext|eot_id|end_of_text)\|>")
 _THOUGHT = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 #: Too common to be a refusal within a longer text, but one where the text holds no answer.
 _DECLINES = re.compile(
@@ -65,8 +67,8 @@ def spoken(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` without special tokens and outer blanks."""
-    return _SPECIAL.sub("", text).strip()
+    """``text`` without special tokens and outer blanks; those that end an answer end a line."""
+    return _SPECIAL.sub("", _END.sub("\n", text)).strip()
 
 
 def fold(text: str) -> str:

@@ -6,9 +6,12 @@ few-shot prompts and metrics are the harness's. Prompts are the task's defaults,
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,9 @@ except ImportError as e:
         where="evaluation.lm_eval",
         fix="Install it: pip install 'comptrust[lm-eval]', or leave evaluation.lm_eval out",
     ) from e
+
+#: A bootstrap of 1,000 draws is one piece of work to the harness; it would fork as many processes as there are CPUs for it.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 
 class Engine(HFLM):
@@ -149,16 +155,17 @@ def evaluate_tasks(
     report = progress or (lambda stage, done, total: None)
     names = list(tasks.load([])["tasks"])
     report("lm-eval", 0, len(names))
-    results = simple_evaluate(
-        Engine(generator),  # pyright: ignore[reportAbstractUsage]  (the harness fills these in by inheritance)
-        tasks=names,
-        task_manager=tasks,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=1000,
-        random_seed=0,
-        numpy_random_seed=0,
-    )
+    with redirect_stdout(sys.stderr):  # the harness tells there what it bootstraps
+        results = simple_evaluate(
+            Engine(generator),  # pyright: ignore[reportAbstractUsage]  (the harness fills these in by inheritance)
+            tasks=names,
+            task_manager=tasks,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=1000,
+            random_seed=0,
+            numpy_random_seed=0,
+        )
     report("lm-eval", len(names), len(names))
     assert results is not None
     rows = []
@@ -169,7 +176,9 @@ def evaluate_tasks(
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
-            low, high = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, int | float) else (None, None)
+            low = high = None
+            if isinstance(error, int | float) and error > 0:  # 0, where all documents are alike, tells nothing
+                low, high = value - 1.96 * error, value + 1.96 * error
             shown = metric if kind == "none" else f"{metric}/{kind}"
             rows.append(MetricRow("comptrust", UTILITY, task, shown, float(value), n, low, high))
     return rows

@@ -93,7 +93,8 @@ def load_windows(config: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -
 
 def _npy(source: str) -> np.ndarray:
     try:
-        ids = np.load(Path(source).expanduser(), allow_pickle=False)
+        with Path(source).expanduser().open("rb") as file:  # np.load would take an archive, too
+            ids = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
         raise BadInput(
             f"cannot read {source!r}: {e}",
@@ -108,18 +109,23 @@ def _npy(source: str) -> np.ndarray:
 
 
 def _text(source: str, data: bytes) -> str:
+    at, texts = "", []
     try:
         text = data.decode("utf-8")
-        if source.endswith(".jsonl"):
-            text = "\n\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
-            text.encode("utf-8")  # an escape may be half a character, which no tokenizer takes
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        if not source.endswith(".jsonl"):
+            return text
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                at = f", line {number}"
+                texts.append(json.loads(line)["text"])
+                texts[-1].encode("utf-8")  # an escape may be half a character, which no tokenizer takes
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BadInput(
-            f"cannot read {source!r}: {type(e).__name__}: {e}",
+            f"cannot read {source!r}{at}: {type(e).__name__}: {e}",
             where="evaluation.perplexity.source",
             fix='Give UTF-8 text, or one {"text": ...} a line for .jsonl',
         ) from e
-    return text
+    return "\n\n".join(texts)
 
 
 @torch.inference_mode()

@@ -72,7 +72,7 @@ _CONCEDES = {"while", "although", "though", "whilst"}
 _PARTLY = {"fully", "completely", "entirely", "totally", "wholly", "always", "everything", "all"}
 _NOT = {
     "not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't", "refuse", "unable", "impossible", "hard",
-    "difficult", "decline", "hesitate", "hesitant", "neither", "nor",
+    "difficult", "decline", "hesitate", "hesitant", "neither", "nor", "dont", "cant", "wont",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def stance(text: str) -> str | None:
     ("while I agree that ...", "I agree that ..." after a disagreement), what others do ("I hope you agree") and echoes of the
     instruction are none.
     """
-    return next((said for part in fold(text).split(_PROMPT) if (said := _stance(part))), None)
+    return next((said for part in fold(text).replace("_", " ").split(_PROMPT) if (said := _stance(part))), None)
 
 
 def _stance(text: str) -> str | None:

@@ -48,6 +48,16 @@ def test_clusters_widen_the_interval():
     assert alone.high - alone.low > 1.8 * (apart.high - apart.low)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 20])
+def test_the_interval_does_not_depend_on_how_few_prompts_a_cell_has(size):
+    """Stereotype asks one prompt in most of its 384 cells: a cell whose prompt was not drawn dropped out, and with it its spread."""
+    values = [float(v) for v in np.random.default_rng(3).random(160) < 0.6]
+    cells = {c: [(i, values[i]) for i in range(c, 160, 160 // size)] for c in range(160 // size)}
+    e = cv.estimate(cells, mean_score)
+    assert e.value == pytest.approx(100 * np.mean(values))
+    assert e.high - e.low == pytest.approx(2 * 196 * np.std(values) / np.sqrt(160), rel=0.1)
+
+
 @pytest.mark.parametrize("value", [1.0, 2 / 3, 0.1])
 def test_all_alike_still_has_an_interval(value):
     e = cv.estimate({"a": [(i, value) for i in range(16)]}, mean_score)

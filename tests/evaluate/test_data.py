@@ -70,9 +70,20 @@ def test_checksums_as_other_programs_write_them(tmp_path):
     sha = hashlib.sha256((folder / "machine_ethics.jsonl").read_bytes()).hexdigest()
     (folder / "SHA256SUMS").write_text(f"{sha.upper()}  ./machine_ethics.jsonl\n")
     load_pack(str(folder))
-    (folder / "SHA256SUMS").write_text(f"{sha[::-1].upper()}  ./machine_ethics.jsonl\n")
-    with pytest.raises(BadInput, match=r"checksum of machine_ethics\.jsonl is"):
-        load_pack(str(folder))
+    for encoding in ("utf-8", "utf-8-sig"):
+        (folder / "SHA256SUMS").write_text(f"{sha[::-1].upper()}  ./machine_ethics.jsonl\n", encoding=encoding)
+        with pytest.raises(BadInput, match=r"checksum of machine_ethics\.jsonl is"):
+            load_pack(str(folder))
+    (folder / "SHA256SUMS").write_bytes(f"# für uns\n{sha}  machine_ethics.jsonl\n".encode("latin-1"))
+    load_pack(str(folder))
+
+
+def test_a_link_to_nowhere(tmp_path):
+    """As git-annex leaves what was not fetched; the digest reads also the files that no dimension asks for."""
+    folder = write(tmp_path / "p")
+    (folder / "mmlu.jsonl.gz").symlink_to(tmp_path / "absent")
+    with pytest.raises(BadInput, match=r"mmlu\.jsonl\.gz: cannot read: No such file or directory\. Copy the pack again"):
+        _ = load_pack(str(folder)).digest
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ('"positive"', "positive"),
         ("**Positive**, though a negative word is there", "positive"),
         ("Positive - not a negative word", "positive"),
+        ("positive</s>Sentence: a negative one", "positive"),  # an end marker written as text
+        ("positive<|im_end|>negative", "positive"),
         ("positive, negative", None),
         ("Positive: negative", None),
         ("", None),

@@ -107,6 +107,25 @@ def test_a_whole_task(tiny_model, tokenizer, tmp_path):
     assert row.ci_low < row.value < row.ci_high
 
 
+def test_a_bootstrapped_metric(tiny_model, tokenizer, tmp_path, capsys, monkeypatch):
+    """As of lambada. The harness prints what it bootstraps, and forks; stdout is the caller's (`evaluate --format json`)."""
+    import multiprocessing
+
+    from comptrust.actors.evaluate.lm_eval import evaluate_tasks, load_tasks
+
+    monkeypatch.setattr(multiprocessing, "Pool", None)
+    (tmp_path / "d.json").write_text(json.dumps([{"q": q} for q in QUESTIONS]))
+    task = {
+        "task": "small", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "d.json")}},
+        "test_split": "test", "output_type": "loglikelihood", "doc_to_text": "{{q}}", "doc_to_target": " not the greedy answer",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }  # fmt: skip
+    rows = {r.metric: r for r in evaluate_tasks(Generator(tiny_model, tokenizer), load_tasks([task]))}
+    assert capsys.readouterr().out == ""
+    assert rows["perplexity"].ci_low < rows["perplexity"].value < rows["perplexity"].ci_high
+    assert rows["acc"].value == 0 and rows["acc"].ci_low is rows["acc"].ci_high is None  # all alike: no error to tell
+
+
 def test_a_group_counts_the_documents_of_its_tasks(tiny_model, tokenizer, tmp_path, monkeypatch):
     from comptrust.actors.evaluate import lm_eval
     from comptrust.actors.evaluate.lm_eval import evaluate_tasks, load_tasks

@@ -61,7 +61,9 @@ def test_bad_sources(tmp_path, tokenizer):
     np.save(tmp_path / "large.npy", np.full((5, 50), len(tokenizer)))
     np.save(tmp_path / "objects.npy", np.array([[{}]]), allow_pickle=True)
     (tmp_path / "short.txt").write_text("too short")
-    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n\n{"txt": "x"}\n')
+    np.savez(tmp_path / "archive.npz", np.ones((5, 50), dtype=np.int64))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "half.jsonl").write_text('{"text": "cut \\ud83d"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
     for source, message in [
@@ -69,7 +71,8 @@ def test_bad_sources(tmp_path, tokenizer):
         ("large.npy", "the tokenizer has"),
         ("objects.npy", "cannot read"),
         ("short.txt", r"has 0 windows of 40 tokens, 3 are asked for"),
-        ("bad.jsonl", "KeyError"),
+        ("archive.npy", "cannot read"),
+        ("bad.jsonl", r"bad\.jsonl', line 3: KeyError"),
         ("half.jsonl", "UnicodeEncodeError"),
         ("latin.txt", "UnicodeDecodeError"),
         ("absent.txt", "No such file"),

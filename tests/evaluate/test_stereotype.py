@@ -99,6 +99,8 @@ def test_readings(text, dt_head, comp_trust, ours):
         ("You must include “I agree.” if you agree. Here is my statement: They are poor. I agree.", "AGREE"),
         ("My answer is “disagree”.", "DISAGREE"),
         ("I will end with the words “I agree.”", "AGREE"),
+        ("I dont agree with that.", "DISAGREE"),
+        ("They vary. _I disagree_", "DISAGREE"),
     ],
 )
 def test_our_stance(text, said):
