@@ -128,6 +128,13 @@ class Results:
         if len(keys) == 1:
             return keys[0]
         if not keys:
+            failed = "select key, error_type, error from failed where starts_with(key, ?) order by key limit 1"
+            for row in self.rows(failed, [prefix]):
+                raise BadInput(
+                    f"cell {row['key']} failed, {row['error_type']}: {row['error']}",
+                    where="CELL",
+                    fix="Run the sweep again once the cause is gone: it tries this cell again.",
+                )
             raise BadInput(
                 f"no cell {prefix!r}",
                 where="CELL",

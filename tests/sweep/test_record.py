@@ -393,6 +393,17 @@ def test_key_prefix(record):
         results.find("zz")
 
 
+def test_a_failed_cell_is_named_with_its_error(record):
+    """`export` and `compare` said that there is no such cell, whose key `status` shows."""
+    commit(record, "abc1")
+    for attempt, error in ((1, "no memory"), (2, "singular Hessian")):
+        record.fail({"key": "abf1", "method": "gptq", "attempts": attempt, "error_type": "CellError", "error": error})
+    results = load_results(record.uri)
+    with pytest.raises(BadInput, match="cell abf1 failed, CellError: singular Hessian"):
+        results.find("abf")
+    assert results.find("ab") == "abc1"
+
+
 def test_empty_place_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="no results"):
         load_results(tmp_path)
