@@ -248,7 +248,7 @@ class Results:
         self.db.register("arrow_failed", self.record.failures())
         self.db.execute(
             "create table failed as select * from arrow_failed where key not in (select key from cells)"
-            " qualify row_number() over (partition by key order by attempts desc) = 1"
+            " qualify row_number() over (partition by key order by finished_at desc, attempts desc) = 1"
         )
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -314,6 +314,17 @@ def test_failed_rows_until_success(record):
     assert rows == [{"key": "k1", "error_type": "OutOfMemoryError", "attempts": 2, "status": "failed"}]
     commit(record, "k1")
     assert load_results(record.uri).rows("select key from failed") == []
+
+
+def test_the_failure_of_the_last_run_is_told(record):
+    """A later run counts its attempts from 1 again: the third of the run before, cured since, was told instead."""
+    row = cell("k1", attempts=3, error_type="WorkerDied", error="out of memory")
+    record.fail(row)
+    now = row["finished_at"] + timedelta(minutes=1)
+    record.fail({**row, "attempts": 1, "error_type": "CellError", "error": "singular", "finished_at": now})
+    record.put_json("sweeps/s1.json", {"id": "s1", "name": "s", "config": {}, "keys": ["k1"], "labels": {}, "skipped": []})
+    assert load_results(record.uri).rows("select error from failed") == [{"error": "singular"}]
+    assert [f["error"] for f in status(record.uri)["sweeps"][0]["failures"]] == ["singular"]
 
 
 def test_sql_cannot_read_or_write_elsewhere(record, tmp_path):
