@@ -276,6 +276,8 @@ def _wide() -> str:
 
 
 def _results_view(generations: bool) -> str:
+    """A model that the sweep names otherwise by now (moved, ``@revision`` added) is the same by its revision: its later cells bear the
+    name of their dense cell, which was not computed again."""
     wide = _wide() + (" union all by name select * from gen_wide" if generations else "")
     trust = " + ".join(DIMENSIONS)
     valid = " and ".join(f"coalesce({d}_valid, false)" for d in DIMENSIONS)
@@ -284,7 +286,15 @@ def _results_view(generations: bool) -> str:
     silenced = " or ".join(f"(d.{d} is not null and w.{d} is null and w.{d}_refusal is not null)" for d in DIMENSIONS)
     return f"""
     create or replace view results as
-    with wide as ({wide}),
+    with written as ({wide}),
+    homes as (
+      select revision, dtype, evaluation, max_by(model, finished_at) as home, list(model) as names from written where method = 'dense'
+      group by all
+    ),
+    wide as (
+      select w.* replace (case when list_contains(h.names, w.model) then w.model else coalesce(h.home, w.model) end as model)
+      from written w left join homes h using (revision, dtype, evaluation)
+    ),
     dense as (
       select * from wide where method = 'dense'
       qualify row_number() over (partition by model, revision, dtype, evaluation order by finished_at desc, key) = 1

@@ -316,6 +316,22 @@ def test_failed_rows_until_success(record):
     assert load_results(record.uri).rows("select key from failed") == []
 
 
+def test_cells_of_a_model_that_was_moved_keep_their_dense_cell(record):
+    """Its dense cell is not computed again, and what came after the move was compared with nothing."""
+    commit(record, "d", 80.0, method="dense")
+    commit(record, "other", 60.0, method="dense", model="m2")  # records that were made by hand may have one revision for all
+    commit(record, "k1", 70.0)
+    commit(record, "k2", 65.0, model="/moved/m")
+    commit(record, "k3", 65.0, model="/moved/m", revision="r2")
+    for _ in range(2):
+        rows = load_results(record.uri).rows("select key, model, dense_key, worst_drop from results order by key")
+        assert [tuple(r.values()) for r in rows] == [
+            ("d", "m", "d", 0.0), ("k1", "m", "d", 10.0), ("k2", "m", "d", 15.0), ("k3", "/moved/m", None, None),
+            ("other", "m2", "other", 0.0),
+        ]  # fmt: skip
+        compact(record.uri)
+
+
 def test_the_failure_of_the_last_run_is_told(record):
     """A later run counts its attempts from 1 again: the third of the run before, cured since, was told instead."""
     row = cell("k1", attempts=3, error_type="WorkerDied", error="out of memory")
