@@ -540,9 +540,15 @@ def _read_gguf(file: Path) -> dict[str, Any]:
 
     try:
         reader = GGUFReader(file)
-        kind = reader.fields["general.architecture"].contents()
+        parts = f.contents() if (f := reader.fields.get("split.count")) else 1
+        kind = "" if parts > 1 else reader.fields["general.architecture"].contents()
     except Exception as error:  # a foreign or cut file can come to anything
         raise BadInput(f"{file} is no whole GGUF file: {error}", where="model", fix="Download it again") from error
+    if parts > 1:
+        raise BadInput(
+            f"{file} is one of {parts} parts of a model, and transformers reads one file", where="model",
+            fix="Join them: llama-gguf-split --merge FIRST_PART WHOLE.gguf",
+        )  # fmt: skip
     read: Callable[[str], Any] = lambda name: f.contents() if (f := reader.fields.get(f"{kind}.{name}")) else None
     tensors = {t.name: t for t in reader.tensors}
     scaling, factor = read("rope.scaling.type"), read("rope.scaling.factor") or 1.0

@@ -460,7 +460,7 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
     cells = {
         r["key"]: r
         for r in results.rows(
-            "select * from cells where key in (select unnest(?::varchar[]))",
+            "select * from results where key in (select unnest(?::varchar[]))",
             [keys],
         )
     }

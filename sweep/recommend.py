@@ -195,9 +195,14 @@ def _check_limits(limits: Limits) -> None:
 
 def _explain_nothing(e: Effects, where: str | None) -> None:
     if all(r["method"] == "dense" for r in e.rows.values()):
-        raise BadInput(
-            "only dense cells, nothing compressed", where="RESULTS", fix="Add methods to the sweep and run it again."
-        )
+        refused = [f"{x['label']}: {x['reason']}" for s in e.results.record.sweeps() for x in s.get("skipped", [])]
+        fix = "Add methods to the sweep and run it again."
+        if left := _unfinished(e):
+            fix = "Run it again; `comptrust status RESULTS` tells what failed."
+        elif refused:
+            left = [f"{len(refused)} combinations are impossible, such as {refused[0]}"]
+        here = "only dense cells, nothing compressed" if e.rows else "no finished cell"
+        raise BadInput("; ".join([here, *left]), where="RESULTS", fix=fix)
     if where:
         raise BadInput(f"no compressed cell with a dense one fulfils {where!r}", where="--where", fix="Ask for more cells.")
     raise BadInput(

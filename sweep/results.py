@@ -128,6 +128,13 @@ class Results:
         if len(keys) == 1:
             return keys[0]
         if not keys:
+            failed = "select key, error_type, error from failed where starts_with(key, ?) order by key limit 1"
+            for row in self.rows(failed, [prefix]):
+                raise BadInput(
+                    f"cell {row['key']} failed, {row['error_type']}: {row['error']}",
+                    where="CELL",
+                    fix="Run the sweep again once the cause is gone: it tries this cell again.",
+                )
             raise BadInput(
                 f"no cell {prefix!r}",
                 where="CELL",
@@ -241,7 +248,7 @@ class Results:
         self.db.register("arrow_failed", self.record.failures())
         self.db.execute(
             "create table failed as select * from arrow_failed where key not in (select key from cells)"
-            " qualify row_number() over (partition by key order by attempts desc) = 1"
+            " qualify row_number() over (partition by key order by finished_at desc, attempts desc) = 1"
         )
 
 
@@ -269,6 +276,8 @@ def _wide() -> str:
 
 
 def _results_view(generations: bool) -> str:
+    """A model that the sweep names otherwise by now (moved, ``@revision`` added) is the same by its revision: its later cells bear the
+    name of their dense cell, which was not computed again."""
     wide = _wide() + (" union all by name select * from gen_wide" if generations else "")
     trust = " + ".join(DIMENSIONS)
     valid = " and ".join(f"coalesce({d}_valid, false)" for d in DIMENSIONS)
@@ -277,7 +286,15 @@ def _results_view(generations: bool) -> str:
     silenced = " or ".join(f"(d.{d} is not null and w.{d} is null and w.{d}_refusal is not null)" for d in DIMENSIONS)
     return f"""
     create or replace view results as
-    with wide as ({wide}),
+    with written as ({wide}),
+    homes as (
+      select revision, dtype, evaluation, max_by(model, finished_at) as home, list(model) as names from written where method = 'dense'
+      group by all
+    ),
+    wide as (
+      select w.* replace (case when list_contains(h.names, w.model) then w.model else coalesce(h.home, w.model) end as model)
+      from written w left join homes h using (revision, dtype, evaluation)
+    ),
     dense as (
       select * from wide where method = 'dense'
       qualify row_number() over (partition by model, revision, dtype, evaluation order by finished_at desc, key) = 1

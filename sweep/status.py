@@ -23,10 +23,8 @@ def status(uri: str) -> dict[str, Any]:
     done = record.done()
     if not sweeps and not done:
         raise BadInput(f"no sweep in {uri!r}", where="RESULTS", fix="Give the folder that `comptrust run` printed.")
-    failed: dict[str, dict[str, Any]] = {}
-    for row in record.failures().to_pylist():
-        if row["key"] not in done and row["attempts"] >= failed.get(row["key"], row)["attempts"]:
-            failed[row["key"]] = row
+    last = [("finished_at", "ascending"), ("attempts", "ascending")]  # a later run counts its attempts from 1 again
+    failed = {row["key"]: row for row in record.failures().sort_by(last).to_pylist() if row["key"] not in done}
     out = []
     for s in sweeps:
         keys = s["keys"]

@@ -217,13 +217,13 @@ def test_code_inside_bin_weights_is_not_run(folder, tmp_path, monkeypatch):
 # --- GGUF --------------------------------------------------------------------------------------------------------------------
 
 
-def _write_gguf(path, folder, *, without=(), more=None, scaling=None):
+def _write_gguf(path, folder, *, without=(), more=None, scaling=None, **how):
     """The tiny model as GGUF in float32, by the gguf library; q and k rows permuted as llama.cpp keeps them."""
     import gguf
 
     config = json.loads((folder / "config.json").read_text())
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **how)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -337,6 +337,14 @@ def test_gguf_of_which_transformers_makes_another_model_is_refused(options, mess
     _write_gguf(path := tmp_path / "other.gguf", folder, **options)
     with pytest.raises(BadInput, match=message):
         models.load_config(models.resolve(str(path)))
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_part_of_a_split_gguf_model_is_told_so(part, folder, tmp_path, cache):
+    """The second holds no architecture, and was called damaged."""
+    _write_gguf(tmp_path / "whole.gguf", folder, split_max_tensors=8)
+    with pytest.raises(BadInput, match=r"gguf is one of \d parts of a model.* Join them: llama-gguf-split"):
+        models.resolve(str(next(tmp_path.glob(f"whole-0000{part}-of-*.gguf"))))
 
 
 def test_a_context_that_transformers_does_not_read_from_gguf_is_named():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..errors import BadInput
 from . import awq, bitsandbytes_, engine, gblm, gptq, magnitude, rtn, smoothquant, sparsegpt, wanda
 from .base import Compressed, MethodConfig, MethodSpec, Progress, StoredLinear
 from .engine import check_windows
-from .structure import decoder_blocks, discover, named_linears
+from .structure import decoder_blocks, discover, linears_of, named_linears, record, signature
 
 __all__ = [
     "METHODS",
@@ -112,7 +112,13 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
         linears = _linears(shapes)
     except BadInput as e:
         return str(BadInput(e.problem, fix=e.fix))
-    return config.unfit(linears) or (_cannot_stream(shapes) if spec.needs_calibration else None)
+    if why := config.unfit(linears):
+        return why
+    if method == "llm_int8" and (deep := config.compressed(_beyond_three(shapes))):
+        name = next(iter(deep))
+        rest = f"which bitsandbytes' LLM.int8 does not take (skip: ['*.{name.rpartition('.')[2]}'] leaves it dense)"
+        return f"{name} has inputs of more than three dimensions, {rest}"
+    return _cannot_stream(shapes) if spec.needs_calibration else None
 
 
 def required_tokens(method: str, params: Mapping[str, Any], model_config: Any) -> int:
@@ -203,6 +209,31 @@ def _cannot_stream(config_json: str) -> str | None:
     except Exception:  # something asks for numbers, as in making Gemma 3 with its vision tower: the run will tell
         return None
     return None
+
+
+@functools.lru_cache(maxsize=32)
+def _beyond_three(config_json: str) -> tuple[str, ...]:
+    """Linears whose inputs have more than three dimensions (MLA's kv_b_proj); none where the model does not run without numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: set[tuple] = set()
+    deep: set[str] = set()
+
+    def visit(block: nn.Module, forward: Callable, hidden: Tensor, kwargs: dict) -> None:
+        if signature(block) not in seen:
+            seen.add(signature(block))
+            for name, linear in linears_of(block).items():
+                linear.register_forward_pre_hook(lambda _, args, name=name: deep.add(name) if args[0].ndim > 3 else None)
+            forward(hidden, **kwargs)
+
+    try:
+        with FakeTensorMode():
+            model = _without_weights(config_json).eval()
+            prefix, blocks = decoder_blocks(model)
+            record(model, blocks, torch.zeros(1, 8, dtype=torch.int64), visit)
+    except Exception:  # blocks that are called otherwise, and as above
+        return ()
+    return tuple(n for n in named_linears(prefix, blocks) if n.removeprefix(f"{prefix}.").partition(".")[2] in deep)
 
 
 def _without_weights(config_json: str) -> Any:

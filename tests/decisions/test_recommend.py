@@ -233,6 +233,20 @@ def test_of_two_recommendations_the_larger_suite_has_the_word(tmp_path):
     assert [(c.suite, c.verdict) for c in found.choices] == [("full", "recommended"), ("smoke", "recommended")]
 
 
+def test_why_nothing_is_compressed(tmp_path):
+    """It advised to add methods where all had failed or were impossible."""
+    write_cell(r := Record(tmp_path), "dense", {"ethics": answers("ethics", [True] * 50)})
+    (key,) = r.done()
+    skipped = [{"model": "m", "label": "rtn 4 g128", "reason": "group size 128 does not divide 96"}]
+    sweep = {"id": "s", "name": "mine", "config": {}, "keys": [key], "skipped": skipped}
+    r.put_json("sweeps/s.json", sweep)
+    with pytest.raises(BadInput, match="nothing compressed; 1 combinations are impossible, such as rtn 4 g128: group size"):
+        recommend(load_results(tmp_path))
+    r.put_json("sweeps/s.json", sweep | {"keys": [key, "failed"]})
+    with pytest.raises(BadInput, match=r"1 of the 2 cells of sweep mine are not done\. Run it again"):
+        recommend(load_results(tmp_path))
+
+
 def test_cells_that_are_still_to_come_are_counted(tmp_path):
     results, (key,) = record(tmp_path, 200, [(cell(8, 8000), 0)])
     sweep = {"id": "s", "name": "mine", "config": {}, "keys": [key, "to-come", "failed"]}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -316,6 +316,33 @@ def test_failed_rows_until_success(record):
     assert load_results(record.uri).rows("select key from failed") == []
 
 
+def test_cells_of_a_model_that_was_moved_keep_their_dense_cell(record):
+    """Its dense cell is not computed again, and what came after the move was compared with nothing."""
+    commit(record, "d", 80.0, method="dense")
+    commit(record, "other", 60.0, method="dense", model="m2")  # records that were made by hand may have one revision for all
+    commit(record, "k1", 70.0)
+    commit(record, "k2", 65.0, model="/moved/m")
+    commit(record, "k3", 65.0, model="/moved/m", revision="r2")
+    for _ in range(2):
+        rows = load_results(record.uri).rows("select key, model, dense_key, worst_drop from results order by key")
+        assert [tuple(r.values()) for r in rows] == [
+            ("d", "m", "d", 0.0), ("k1", "m", "d", 10.0), ("k2", "m", "d", 15.0), ("k3", "/moved/m", None, None),
+            ("other", "m2", "other", 0.0),
+        ]  # fmt: skip
+        compact(record.uri)
+
+
+def test_the_failure_of_the_last_run_is_told(record):
+    """A later run counts its attempts from 1 again: the third of the run before, cured since, was told instead."""
+    row = cell("k1", attempts=3, error_type="WorkerDied", error="out of memory")
+    record.fail(row)
+    now = row["finished_at"] + timedelta(minutes=1)
+    record.fail({**row, "attempts": 1, "error_type": "CellError", "error": "singular", "finished_at": now})
+    record.put_json("sweeps/s1.json", {"id": "s1", "name": "s", "config": {}, "keys": ["k1"], "labels": {}, "skipped": []})
+    assert load_results(record.uri).rows("select error from failed") == [{"error": "singular"}]
+    assert [f["error"] for f in status(record.uri)["sweeps"][0]["failures"]] == ["singular"]
+
+
 def test_sql_cannot_read_or_write_elsewhere(record, tmp_path):
     commit(record, "k1")
     (tmp_path / "secret.csv").write_text("a\n1\n")
@@ -391,6 +418,17 @@ def test_key_prefix(record):
         results.find("ab")
     with pytest.raises(BadInput, match="no cell"):
         results.find("zz")
+
+
+def test_a_failed_cell_is_named_with_its_error(record):
+    """`export` and `compare` said that there is no such cell, whose key `status` shows."""
+    commit(record, "abc1")
+    for attempt, error in ((1, "no memory"), (2, "singular Hessian")):
+        record.fail({"key": "abf1", "method": "gptq", "attempts": attempt, "error_type": "CellError", "error": error})
+    results = load_results(record.uri)
+    with pytest.raises(BadInput, match="cell abf1 failed, CellError: singular Hessian"):
+        results.find("abf")
+    assert results.find("ab") == "abc1"
 
 
 def test_empty_place_is_bad_input(tmp_path):
