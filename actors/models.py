@@ -193,7 +193,9 @@ def load(
             )
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
-    return _whole(ref.spec, *made).eval(), tokenizer
+    from .compress.experts import split_experts
+
+    return split_experts(_whole(ref.spec, *made).eval()), tokenizer  # type: ignore[return-value]
 
 
 def _whole(spec: str, model: Any, loaded: Mapping[str, Any]) -> Any:
@@ -248,10 +250,12 @@ def rename(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, savin
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
+    from .compress.experts import as_in_checkpoints
+
     found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c) is WeightRenaming]
     steps = [c.reverse_transform() for c in reversed(found)] if saving else found
     out = {}
-    for name, tensor in tensors.items():
+    for name, tensor in (as_in_checkpoints(model, tensors) if saving else tensors).items():
         for step in steps:
             name, _ = step.rename_source_key(name)
         out[name] = tensor

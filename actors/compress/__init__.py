@@ -15,6 +15,7 @@ from ..errors import BadInput
 from . import awq, bitsandbytes_, engine, gblm, gptq, magnitude, rtn, smoothquant, sparsegpt, wanda
 from .base import Compressed, MethodConfig, MethodSpec, Progress, StoredLinear
 from .engine import check_windows
+from .experts import all_tokens, mixtures, split_experts
 from .structure import decoder_blocks, discover, linears_of, named_linears, record, signature
 
 __all__ = [
@@ -121,6 +122,12 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
     return _cannot_stream(shapes) if spec.needs_calibration else None
 
 
+def is_mixture(model_config: Any) -> bool:
+    """Whether the model has experts to choose from. Reads no weights."""
+    with torch.device("meta"):
+        return bool(mixtures(_without_weights(_canonical(model_config))))
+
+
 def required_tokens(method: str, params: Mapping[str, Any], model_config: Any) -> int:
     """Calibration tokens (samples x seqlen) this method needs at least on this model; 0 if it needs none. Reads no weights."""
     spec, config = _config(method, params, "")
@@ -224,7 +231,8 @@ def _beyond_three(config_json: str) -> tuple[str, ...]:
             seen.add(signature(block))
             for name, linear in linears_of(block).items():
                 linear.register_forward_pre_hook(lambda _, args, name=name: deep.add(name) if args[0].ndim > 3 else None)
-            forward(hidden, **kwargs)
+            with all_tokens(block):
+                forward(hidden, **kwargs)
 
     try:
         with FakeTensorMode():
@@ -242,4 +250,4 @@ def _without_weights(config_json: str) -> Any:
     values = json.loads(config_json)
     values.pop("quantization_config", None)
     values.pop("dtype", None)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    return split_experts(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)))

@@ -131,13 +131,18 @@ def check(name: str, method: str, params: Mapping[str, Any], *, where: str = "")
 def incompatible(name: str, method: str, params: Mapping[str, Any], model_config: Any) -> str | None:
     """Why valid parameters cannot work together or on this model, or None. Reads no weights."""
     from . import incompatible as fits
+    from . import is_mixture
 
     config = _config(name, method, params, "")
     if why := config.impossible():
         return why
     if isinstance(config, PruningConfig):
-        return fits("magnitude", {"sparsity": config.sparsity, "pattern": config.pattern}, model_config)
-    return fits("rtn", {"bits": config.bits, "group_size": config.group_size}, model_config)
+        why = fits("magnitude", {"sparsity": config.sparsity, "pattern": config.pattern}, model_config)
+    else:
+        why = fits("rtn", {"bits": config.bits, "group_size": config.group_size}, model_config)
+    if why is None and model_config is not None and is_mixture(model_config):
+        return "a mixture of experts is compressed by comptrust's own methods only"
+    return why
 
 
 def _config(name: str, method: str, params: Mapping[str, Any], where: str) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, CellError
 from . import bitsandbytes_
 from .base import Compressed, Inputs, MethodConfig, MethodSpec, Progress, PruningConfig, Solution, StoredLinear
+from .experts import all_tokens, has_fused, mixtures, split_experts
 from .statistics import Statistics
 from .storing import fold_scale, layer_row, moved_to, put, totals
 from .structure import (
@@ -78,6 +79,8 @@ def run(
 ) -> list[Compressed]:
     """Compress ``model`` once for each of ``specs``, whose parameters are valid in themselves. See `compress.compress_many`."""
     start = time.perf_counter()
+    if has_fused(model):
+        model = split_experts(clone(model))
     prefix, blocks = decoder_blocks(model)
     linears = named_linears(prefix, blocks)
     for spec, config in specs:
@@ -196,7 +199,10 @@ def _chunk_rows(
 ) -> int:
     """Sequences of ``tokens`` whose activations in one block fit the budget."""
     if chunk_tokens is None:
-        widths = [m.in_features + m.out_features for m in linears_of(block).values()]
+        others = tuple(
+            f"{mixture}.{e}." for mixture, m in mixtures(block).items() for e in range(1, m.num_experts)
+        )  # one runs at a time
+        widths = [m.in_features + m.out_features for n, m in linears_of(block).items() if not n.startswith(others)]
         size = next(block.parameters()).element_size()
         a_token = sum(widths) * size + 8 * max(widths)  # what the block keeps, and a float32 copy of the widest input
         chunk_tokens = int(min(_budget(model, device) for device in set(places)) // a_token)
@@ -265,6 +271,10 @@ class BlockPass:
     folds: list[tuple[Group, list[str], Tensor]] = field(default_factory=list)
 
     def run(self, *, last: bool) -> None:
+        with all_tokens(self.block):
+            self._run(last=last)
+
+    def _run(self, *, last: bool) -> None:
         cell = self.cell
         if cell.spec.replace:
             _replace_linears(cell, self.block, self.prefix)
@@ -276,8 +286,8 @@ class BlockPass:
             out = self.forward(0, range(len(self.groups)), self.solve_at_once, stop=last)
             cell.hidden = [] if out is None else [out]
         else:
-            for k in range(len(self.groups)):
-                self.solve_by_chunks(k)
+            for stage in self.stages():
+                self.solve_by_chunks(stage)
             if not last:
                 cell.hidden = [self.forward(i, (), lambda k, X: None).to(h.device) for i, h in enumerate(cell.hidden)]
         for group, names, scale_I in self.folds:
@@ -319,7 +329,8 @@ class BlockPass:
 
         def hook(k: int) -> Callable:
             def call(_: nn.Module, args: tuple) -> None:
-                seen(k, args[0])
+                X = args[0]
+                seen(k, X if X.ndim > 2 else X.unflatten(0, (len(self.cell.hidden[chunk]), -1)))  # experts read [B T, I]
                 if stop and k == at[-1]:
                     raise Stop
 
@@ -341,13 +352,29 @@ class BlockPass:
                 a.add(X)
         self.solve(k, accumulators)
 
-    def solve_by_chunks(self, k: int) -> None:
-        """The inputs of one group, chunk by chunk; only their statistics stay."""
-        accumulators = self.accumulators(k, self.shared if k == 0 else {})
-        if empty := [a for a in accumulators.values() if not a.tokens]:
+    def stages(self) -> list[list[int]]:
+        """Groups by turns: the last layers of a mixture's experts, which do not wait for each other, together; else one."""
+        stages: list[list[int]] = []
+        before, inside = None, [f"{name}." for name in mixtures(self.block)]
+        for k, group in enumerate(self.groups):
+            first = group.linears[0]
+            mixture = next((m for m in inside if first.startswith(m) and first.endswith(".down_proj")), None)
+            if mixture is not None and mixture == before:
+                stages[-1].append(k)
+            else:
+                stages.append([k])
+            before = mixture
+        return stages
+
+    def solve_by_chunks(self, stage: list[int]) -> None:
+        """The inputs of the groups of one stage, chunk by chunk; only their statistics stay."""
+        accumulators = {k: self.accumulators(k, self.shared if k == 0 else {}) for k in stage}
+        empty = {k: [a for a in some.values() if not a.tokens] for k, some in accumulators.items()}
+        if any(empty.values()):
             for chunk in range(len(self.kwargs)):
-                self.forward(chunk, [k], lambda _, X: [a.add(X) for a in empty], stop=True)
-        self.solve(k, accumulators)
+                self.forward(chunk, stage, lambda k, X: [a.add(X) for a in empty[k]], stop=True)
+        for k in stage:
+            self.solve(k, accumulators[k])
 
     def parts(self, k: int) -> list[tuple[MethodConfig, list[str]]]:
         """The linears of group ``k`` that are compressed, by the parameters that hold for them."""

@@ -29,6 +29,7 @@ from ..errors import BadInput
 from ..models import rename
 from .artifacts import separate
 from .base import Compressed, StoredLinear
+from .experts import checkpoint_leaves, mixtures, split_experts
 from .structure import decoder_blocks, named_linears
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _foreseen(method: str, params: Mapping[str, Any], model_config: Any, backend
     spec = METHODS[method]
     schema = backends.BACKENDS[backend][method] if backend in backends.BACKENDS else spec.config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = split_experts(AutoModelForCausalLM.from_config(model_config))
         some = torch.empty(0)
     prefix, blocks = decoder_blocks(model)
     linears = named_linears(prefix, blocks) if method != "dense" else {}
@@ -212,6 +213,8 @@ def _fit_dense(compressed: Compressed, notes: list[str]) -> dict[str, StoredLine
 
 def _fit_compressed_tensors(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
     layers = _codes(compressed, "compressed-tensors", notes)
+    if why := _unreadable_mixture(compressed, layers):
+        raise BadInput(f"of a mixture of experts, transformers {why}", where="--format", fix="Use dense")
     if _act_order(layers):
         raise BadInput(
             "compressed-tensors has no act-order with a group index any more", where="--format", fix="Use format gptq"
@@ -223,13 +226,36 @@ def _fit_compressed_tensors(compressed: Compressed, notes: list[str]) -> dict[st
     return layers
 
 
+def _unreadable_mixture(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> str | None:
+    """What transformers 5.23, which makes one dense tensor of all experts as it loads, cannot do with ``layers`` of a mixture."""
+    found = mixtures(compressed.model)
+    inside = [
+        f"{name}.{linear}" for name, m in found.items() for linear, module in m.named_modules() if isinstance(module, nn.Linear)
+    ]
+    if not found:
+        return None
+    if not checkpoint_leaves(compressed.model):
+        return "has checkpoints with all experts in one tensor"
+    if any(s.format == "w8a8" or not s.symmetric for s in layers.values()):
+        return "reads no zero points and no quantised inputs"
+    if len({(s.bits, s.group_size) for s in layers.values()}) > 1:
+        return "reads one width and group size"
+    return next((f"reads experts only if all are compressed, and {name} is not" for name in inside if name not in layers), None)
+
+
 def _dense_on_load(compressed: Compressed, layers: Mapping[str, StoredLinear]) -> bool:
     """Whether transformers must dequantise on load, which knows one scheme a model: compressed-tensors 0.20 lays out no packed zero
     points for it to load into, and some architectures ask packed layers for a weight."""
     return any(not s.symmetric for s in layers.values()) or compressed.model.config.model_type in _ASKS_FOR_WEIGHTS
 
 
+def _no_mixture(compressed: Compressed, format: str) -> None:
+    if mixtures(compressed.model):
+        raise BadInput(f"transformers reads no mixture of experts from {format}", where="--format", fix="Use auto")
+
+
 def _fit_gptq(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    _no_mixture(compressed, "GPTQ's layout")
     layers = _codes(compressed, "gptq", notes)
     head = compressed.model.get_output_embeddings()
     if others := [n for n in _others(compressed.model, layers) if compressed.model.get_submodule(n) is not head]:
@@ -244,6 +270,7 @@ def _fit_gptq(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinea
 
 
 def _fit_awq(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    _no_mixture(compressed, "AWQ's layout")
     layers = _codes(compressed, "awq", notes)
     bits, _, _ = _uniform(layers, "awq")
     if bits != 4 or _act_order(layers):
@@ -255,6 +282,7 @@ def _fit_awq(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear
 
 
 def _fit_bitsandbytes(compressed: Compressed, notes: list[str]) -> dict[str, StoredLinear]:
+    _no_mixture(compressed, "bitsandbytes' format")
     layers = {n: s for n, s in compressed.stored.items() if s.format in _BITSANDBYTES}
     if not layers:
         raise BadInput("no layer was made by bitsandbytes", where="--format", fix="Use auto")
@@ -319,6 +347,8 @@ def _compressed_tensors(compressed: Compressed, notes: list[str]) -> _Written:
     w8a8 = all(s.format == "w8a8" for s in layers.values())
     if w8a8:
         notes.append("Inputs are rounded to int8 per token by the reader, whose scale may differ from ours by half a step.")
+    if mixtures(compressed.model):
+        notes.append("transformers loads the experts as dense weights.")
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True} if w8a8 else None
     format = "int-quantized" if w8a8 else "pack-quantized"
     groups = {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CellError
 from .base import Inputs, Progress, Solution, parse_pattern
+from .experts import all_tokens
 from .masks import masked
 from .structure import clone, decoder_blocks, discover, linears_of, on_device, record, to_device
 from .wanda import ScoredConfig, prune
@@ -39,9 +40,16 @@ def prepare(
     """Gradients of the mean next-token loss of each sequence, block by block from the top: one block's activations at a time.
 
     The inputs of all blocks and the norms wait in host memory, wherever the model lies: at 128 x 2048 tokens they are several times a
-    7B model. Weights need no gradient of their own: that of a linear for one sequence is dY' X, formed where dY arrives.
+    7B model. Weights need no gradient of their own: that of a linear for one sequence is dY' X, formed where dY arrives. A mixture's
+    experts compute every token, and the gradient is 0 from those that the router did not send there.
     """
-    shell = clone(model).eval()
+    with all_tokens(shell := clone(model).eval()):
+        return _gradients(shell, linears, tokens, places, progress)
+
+
+def _gradients(
+    shell: nn.Module, linears: dict[str, nn.Linear], tokens: Tensor, places: list[torch.device], progress: Progress | None
+) -> Gradients:
     for module in shell.modules():  # the same numbers as parameters of our own: the model's stay as they are
         for name, p in module._parameters.items():
             if p is not None:
@@ -103,6 +111,9 @@ def _loss_gradient(shell: nn.Module, blocks: nn.ModuleList, row: Tensor, top: Te
 
 def _gather(squares: dict[str, Tensor], name: str):
     def after(_: nn.Module, args: tuple, out: Tensor) -> None:
+        if not out.requires_grad:  # it only chooses, as the indexer of sparse attention does
+            squares[name] = torch.zeros(out.shape[-1], args[0].shape[-1], device=out.device)
+            return
         X_TI = args[0].detach().reshape(-1, args[0].shape[-1])
 
         def arrived(dY: Tensor) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .experts import all_tokens, routers
 
 SUPPORTED = (
     "decoder-only models whose blocks hold their weights in nn.Linear, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, "
-    "OLMo, SmolLM, StableLM and Granite; not GPT-2 (Conv1D), state-space models or mixtures of experts with fused experts"
+    "OLMo, SmolLM, StableLM and Granite, and mixtures of experts such as Mixtral, Qwen3-MoE, OLMoE and DeepSeek; not GPT-2 (Conv1D), "
+    "state-space models or experts with biases (gpt-oss)"
 )
 
 
@@ -62,8 +64,10 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                     fix="Tied weights are supported outside the decoder blocks (embedding and head) only",
                 )
     for i, block in enumerate(blocks):
-        owned = {id(p) for m in block.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
-        for pname, p in block.named_parameters():
+        choosing = routers(block)
+        known = (m for m in block.modules() if isinstance(m, nn.Linear) or id(m) in choosing)
+        owned = {id(p) for m in known for p in m.parameters(recurse=False)}
+        for pname, p in sorted(block.named_parameters(), key=lambda named: "expert" not in named[0]):
             if p.ndim > 1 and id(p) not in owned:
                 why = "fused experts of a mixture" if "expert" in pname else "weights that are not in an nn.Linear"
                 raise BadInput(
@@ -77,12 +81,13 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def named_linears(prefix: str, blocks: nn.ModuleList) -> dict[str, nn.Linear]:
-    """Every linear that a method compresses, by its full name: those inside blocks; embeddings and head stay dense."""
+    """Every linear that a method compresses, by its full name: those inside blocks; embeddings, head and routers stay dense."""
     return {f"{prefix}.{b}.{name}": m for b, block in enumerate(blocks) for name, m in linears_of(block).items()}
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    choosing = routers(block)
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and id(m) not in choosing}
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -162,6 +167,7 @@ class Fold:
     kind: str  # 'norm', 'norm+1' (weight stored as weight - 1, as Gemma does), 'linear'
     repeat: int = 1  # input channels per producer channel (grouped-query attention), in runs of `head_dim`
     head_dim: int = 0
+    readers: tuple[str, ...] = ()  # routers, which stay dense and read the input too: their weights are multiplied by s
 
 
 @dataclass
@@ -238,11 +244,14 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
             return
         seen: dict[tuple, Group] = {}
         made: dict[tuple, str] = {}
+        reading: dict[tuple, list[str]] = {}
         alive: list[Tensor] = []  # an address names a tensor only as long as it lives
 
         def place(x: Tensor) -> tuple:
-            alive.append(x)
-            return (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape))  # tensors without numbers have no data_ptr
+            alive.append(
+                x
+            )  # the cdata of its storage: tensors without numbers have no data_ptr. Experts read [T, I] of a [B, T, I]
+            return (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.shape[-1])
 
         def before(name: str):
             return lambda _, args: seen.setdefault(place(args[0]), Group([])).linears.append(name)
@@ -250,14 +259,21 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
         def after(name: str):
             return lambda _, args, out: made.__setitem__(place(out), name) if isinstance(out, Tensor) else None
 
-        linears = linears_of(block)
+        def read(name: str):
+            return lambda m, args: (
+                reading.setdefault(place(args[0]), []).append(name) if args and hasattr(m, "weight") else None
+            )
+
+        linears, choosing = linears_of(block), routers(block)
         hooks = [m.register_forward_pre_hook(before(n)) for n, m in linears.items()]
         hooks += [
             m.register_forward_hook(after(n))
             for n, m in block.named_modules()
             if n not in linears and isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1
         ]
-        out = forward(hidden, **kwargs)
+        hooks += [m.register_forward_pre_hook(read(n)) for n, m in block.named_modules() if id(m) in choosing]
+        with all_tokens(block):
+            out = forward(hidden, **kwargs)
         for hook in hooks:
             hook.remove()
         if not isinstance(out, Tensor):
@@ -266,7 +282,7 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
         reached = [n for g in groups for n in g.linears]
         if missing := set(linears) - set(reached):
             raise BadInput(
-                f"{sorted(missing)[0]} gets no tokens in a plain forward pass (experts chosen by a router?)",
+                f"{sorted(missing)[0]} gets no tokens in a plain forward pass",
                 where="model",
                 fix=f"Supported: {SUPPORTED}",
             )
@@ -275,9 +291,11 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
         if folds:
             # In 16 bits the wrong one of two guesses may pass: of Gemma's norm weights - 1 those far above 1 are nearly the weights.
             exact, inputs, more = copy.deepcopy(block).float(), hidden.float(), to_float32(kwargs)
-            out = type(block).forward(exact, inputs, **more)
-            for place_, group in seen.items():
-                group.fold = _find_fold(exact, group, made.get(place_), inputs, more, out, config)
+            with all_tokens(exact):
+                out = type(block).forward(exact, inputs, **more)
+                for place_, group in seen.items():
+                    readers = tuple(reading.get(place_, ()))
+                    group.fold = _find_fold(exact, group, made.get(place_), readers, inputs, more, out, config)
         walk.groups[key] = groups
 
     with torch.no_grad():
@@ -288,10 +306,10 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
 _FEEDS = {"o_proj": "v_proj", "down_proj": "up_proj"}
 
 
-def _find_fold(block, group, norm, hidden, kwargs, out, config) -> Fold | None:
+def _find_fold(block, group, norm, readers, hidden, kwargs, out, config) -> Fold | None:
     guesses: list[Fold] = []
     if norm is not None:
-        guesses = [Fold(norm, "norm"), Fold(norm, "norm+1")]
+        guesses = [Fold(norm, "norm", readers=readers), Fold(norm, "norm+1", readers=readers)]
     elif len(group.linears) == 1:
         parent, _, leaf = group.linears[0].rpartition(".")
         producer = f"{parent}.{_FEEDS.get(leaf, '')}"
@@ -332,7 +350,7 @@ def producer_scale(fold: Fold, scale_I: Tensor) -> Tensor:
 
 
 def apply_fold(block: nn.Module, fold: Fold, scale_I: Tensor) -> None:
-    """Divide the output of the producer by ``scale_I``, on new parameters."""
+    """Divide the output of the producer by ``scale_I``, and multiply the weights of its dense readers, on new parameters."""
     module: Any = block.get_submodule(fold.producer)
     dtype, scale = module.weight.dtype, producer_scale(fold, scale_I)
     if fold.kind == "linear":
@@ -343,3 +361,6 @@ def apply_fold(block: nn.Module, fold: Fold, scale_I: Tensor) -> None:
     module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if getattr(module, "bias", None) is not None:
         module.bias = nn.Parameter((module.bias.float() / scale).to(dtype), requires_grad=False)
+    for name in fold.readers:
+        reader: Any = block.get_submodule(name)
+        reader.weight = nn.Parameter((reader.weight.float() * scale_I).to(reader.weight.dtype), requires_grad=False)

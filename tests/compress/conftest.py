@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-# pytest runs with --import-mode=importlib, which adds no folder to sys.path; the tests import `small_models` from here.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+# pytest runs with --import-mode=importlib, which adds no folder to sys.path; the tests import `small_models` from here
+# and `tiny` from above.
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
 
 
 @pytest.fixture(scope="session")

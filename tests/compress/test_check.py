@@ -141,13 +141,11 @@ def test_possible_combinations_have_none(config):
 
 
 def test_an_unsupported_architecture_is_a_reason_too():
-    from transformers import MixtralConfig
+    from transformers import GPT2Config
 
-    tiny = MixtralConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=50
-    )
-    assert "mixture" in incompatible("rtn", {"group_size": 16}, tiny)
-    assert incompatible("dense", {}, tiny).startswith("MixtralForCausalLM: ")
+    tiny = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+    assert "not in an nn.Linear" in incompatible("rtn", {"group_size": 16}, tiny)
+    assert incompatible("dense", {}, tiny).startswith("GPT2LMHeadModel: ")
 
 
 def test_tokens_needed_are_known_without_weights(config):

@@ -382,20 +382,6 @@ def test_blocks_that_cannot_be_called_one_by_one_are_refused(tokens, kind, metho
     assert incompatible("magnitude", {}, config) is None
 
 
-def test_fused_experts_are_refused_with_what_is_supported(tokens):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=2,
-        )
-    )  # fmt: skip
-    for method in ("rtn", "gptq"):
-        with pytest.raises(BadInput, match=r"silently stay dense.*Supported: .*Llama"):
-            compress(model, method, {"group_size": 16}, tokens)
-
-
 def test_other_weight_layouts_are_refused(tokens):
     from transformers import GPT2Config, GPT2LMHeadModel
 

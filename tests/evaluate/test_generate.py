@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from comptrust.actors.compress.experts import split_experts
+from comptrust.actors.compress.structure import clone
 from comptrust.actors.errors import BadInput, CellError
 from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, _likelihood, noise
 from comptrust.actors.evaluate.packing import packs
@@ -45,6 +47,7 @@ def make(kind: str):
         "mistral": ("Mistral", {"sliding_window": 8}),
         "gemma2": ("Gemma2", {"sliding_window": 8, "head_dim": 16}),
         "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        "mixtral": ("Mixtral", {"num_local_experts": 4}),
     }[kind]
     return sharpen(getattr(t, f"{name}ForCausalLM")(getattr(t, f"{name}Config")(**{**SHAPE, **more})))
 
@@ -72,11 +75,12 @@ def prompts(n: int = 14, seed: int = 0) -> list[Prompt]:
     return [*out, Prompt("duplicate", out[3].tokens), Prompt("prefix", max(p.tokens for p in out)[:-1])]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen2", "gpt2", "mixtral"])
 def test_greedy_equals_transformers_one_by_one(kind):
     model = make(kind)
+    ours = split_experts(clone(model))  # as models are loaded
     for batch_size in (1, 4, 16):
-        answers = Generator(model, Numbers(), batch_size=batch_size).generate(prompts(), Decoding(12))
+        answers = Generator(ours, Numbers(), batch_size=batch_size).generate(prompts(), Decoding(12))
         for prompt, answer in zip(prompts(), answers, strict=True):
             ids = torch.tensor([prompt.tokens])
             expected = model.generate(
