@@ -10,13 +10,23 @@ import torch
 from torch import Tensor, nn
 
 
+class View(nn.Linear):
+    """A linear on part of a tensor that others hold; made without the initial weights, which take most of the time."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight_OI.shape
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.register_parameter("bias", None)
+
+
 class Expert(nn.Module):
     """The three linears of one expert, on views of the tensors that hold all of them."""
 
     def __init__(self, gate_up_2IH: Tensor, down_HI: Tensor) -> None:
         super().__init__()
         gate, up = gate_up_2IH.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down_HI)
+        self.gate_proj, self.up_proj, self.down_proj = View(gate), View(up), View(down_HI)
 
 
 class Experts(nn.Module):
@@ -29,7 +39,8 @@ class Experts(nn.Module):
     def __init__(self, fused: Any) -> None:
         super().__init__()
         self.num_experts = len(fused.down_proj)
-        for e, (gate_up, down) in enumerate(zip(fused.gate_up_proj, fused.down_proj, strict=True)):
+        whole = zip(fused.gate_up_proj.data.unbind(), fused.down_proj.data.unbind(), strict=True)
+        for e, (gate_up, down) in enumerate(whole):
             self.add_module(str(e), Expert(gate_up, down))
         del fused.gate_up_proj, fused.down_proj
         self.fused = fused  # for its activation: some models clamp there
@@ -64,12 +75,6 @@ class Experts(nn.Module):
         return one.down_proj(self.fused._apply_gate(torch.cat([one.gate_proj(x), one.up_proj(x)], -1)))
 
 
-def _linear(weight_OI: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
-    return linear
-
-
 def fused_experts(module: Any) -> bool:
     """Whether ``module`` holds a mixture's experts in the two tensors that `Experts` knows: gate over up, outputs first, no biases."""
     usual = {
@@ -87,6 +92,7 @@ def fused_experts(module: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def split_experts(model: nn.Module) -> nn.Module:
     """``model``, changed in place: fused experts are linears of their own, in the same memory."""
     for name, module in list(model.named_modules()):
