@@ -122,12 +122,20 @@ class Worker:
         if self.held == want:
             return
         self.progress("load model", 0, 1)
+        device = "auto" if self.spread else self.device
+        loaded = models.load(self._found(cell), dtype=cell.dtype, device=device, progress=self.progress)
+        self._found(cell)  # it may have been replaced while it was read
+        self.model, self.tokenizer = loaded
+        self.held = want
+
+    def _found(self, cell: Cell) -> Any:
+        """The cell's model, which must be the one that the sweep was planned with."""
+        from . import models
+
         ref = models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin, commit=cell.revision)
         if ref.revision != cell.revision:
             raise CellError(f"{cell.model} is now {ref.revision}, the sweep was planned with {cell.revision}")
-        device = "auto" if self.spread else self.device
-        self.model, self.tokenizer = models.load(ref, dtype=cell.dtype, device=device, progress=self.progress)
-        self.held = want
+        return ref
 
     def _drop(self) -> None:
         """Let go of the model and of all that belongs to it."""
@@ -136,7 +144,7 @@ class Worker:
         self._references.clear()
 
     def _compress(self, cell: Cell) -> None:
-        from . import compress, models
+        from . import compress
         from .compress import artifacts
 
         if self.prepared and self.prepared[0] == cell.artifact_key:
@@ -161,11 +169,12 @@ class Worker:
                 cell.backend,
                 cell.method,
                 dict(cell.params),
-                ref=models.resolve(cell.model, allow_bin=cell.model in self.config.allow_bin, commit=cell.revision),
+                ref=self._found(cell),
                 dense=self.model,
                 tokens=tokens,
                 progress=self.progress,
             )
+            self._found(cell)
         seconds = time.perf_counter() - start
         if seconds > CACHE_FROM_S and (kept := artifacts.dump(compressed, self.model)) is not None:
             self.progress("cache artefact", 0, 1)

@@ -485,6 +485,8 @@ def _once(ref: ModelRef, part: str, convert: Callable[[Path], None]) -> Path:
             shutil.rmtree(left)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{part}-"))
         convert(temporary)
+        if ref.path is not None and resolve(ref.spec, allow_bin=ref.allow_bin).revision != ref.revision:
+            raise BadInput(f"{ref.spec!r} was replaced while it was read", where="model", fix="Run it again")
         for file in temporary.iterdir():
             _fsync(file)
         temporary.chmod(0o755)

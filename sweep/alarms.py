@@ -370,7 +370,7 @@ def _vector(metrics: dict, row: Row) -> dict[tuple[str, str], float]:
 
 def _copied_utility(e: Effects) -> Iterator[Alarm]:
     """Published calibration seeds whose trust differs but whose MMLU is one number: measured once and copied."""
-    for keys in e.configs.values():
+    for keys in e.configs:
         # In one's own cells, where each measures its own, a few hundred questions meet by chance.
         rows = [r for k in keys if (r := e.rows[k])["mmlu"] is not None and r["status"] == "published"]
         if len(rows) > 1 and len({r["mmlu"] for r in rows}) == 1 and len({tuple(r[d] for d in DIMENSIONS) for r in rows}) > 1:

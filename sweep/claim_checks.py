@@ -33,7 +33,7 @@ from .claim_rules import (
     worst_of,
     worst_text,
 )
-from .effects import BAND, PRUNED, QUANTISED, Effect, Row, config_of, label, rate
+from .effects import BAND, PRUNED, QUANTISED, Effect, Row, label, rate
 from .results import Results
 
 # -- the claims of Decoding Compressed Trust --------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _strength(row: Row) -> float | None:
 def _seed_variance(base: Base) -> Finding | None:
     spreads: dict[str, list[tuple[float, str, dict[str, float]]]] = {}
     used: list[Row] = []
-    for config in {config_of(r): r for r in base.cells}.values():
+    for config in {tuple(base.effects.seeds(r["key"])): r for r in base.cells}.values():
         keys = base.effects.seeds(config["key"])
         strength = _strength(config)
         if len(keys) < 2 or strength is None:
@@ -315,7 +315,7 @@ def _pattern_order(base: Base) -> Finding | None:
             values = [[r[score] for r in rows if r[score] is not None] for rows in levels.values()]
             if not all(values):
                 continue
-            means = [float(np.mean(v)) for v in values]
+            means = [round(float(np.mean(v)), 9) for v in values]
             ordered = all(a > b for a, b in pairwise(means))
             kept += ordered
             total += 1

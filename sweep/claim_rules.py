@@ -192,5 +192,5 @@ def means_of(rows: Sequence[Row]) -> dict[str, float]:
     for d in DIMENSIONS:
         values = [r[d] for r in rows if r[d] is not None]
         if values:
-            out[d] = float(np.mean(values))
+            out[d] = round(float(np.mean(values)), 9)  # means of equal scores are equal
     return out

@@ -95,9 +95,8 @@ class Effects:
         self.pairs = pairs
         for row in self.rows.values():
             row["_params"] = json.loads(row["params"] or "{}")
-        self.configs: dict[str, list[str]] = {}
-        for key, row in self.rows.items():
-            self.configs.setdefault(config_of(row), []).append(key)
+        self.configs = [[r["key"] for r in same] for same in configurations(list(self.rows.values()))]
+        self._siblings = {key: same for same in self.configs for key in same}
         #: (key, dimension) -> paired effects by cluster, points, as in `_PairedItems`
         self.contributions: dict[tuple[str, str], list[np.ndarray]] = {}
         self._build()
@@ -133,7 +132,7 @@ class Effects:
 
     def seeds(self, key: str) -> list[str]:
         """Cells that differ from this one in the calibration seed alone, itself included."""
-        return self.configs[config_of(self.rows[key])]
+        return self._siblings[key]
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -394,6 +393,23 @@ def config_of(row: Row) -> str:
             "calibration": calibration,
         }
     )
+
+
+def configurations(rows: Sequence[Row]) -> list[list[Row]]:
+    """Calibration seeds of one configuration together. A seed that stands twice was computed anew, for a repaired method or another
+    text of the same name: the newest cells of each seed belong together, then those before."""
+    newest = lambda i: ((t := rows[i]["finished_at"]) is not None and t.timestamp(), rows[i]["key"])
+    order = sorted(range(len(rows)), key=newest, reverse=True)
+    nth: Counter[tuple[str, int | None]] = Counter()
+    group: dict[int, tuple[str, int]] = {}
+    for i in order:
+        at = config_of(rows[i]), rows[i]["seed"]
+        group[i] = at[0], nth[at]
+        nth[at] += 1
+    out: dict[tuple[str, int], list[Row]] = {}
+    for i, row in enumerate(rows):
+        out.setdefault(group[i], []).append(row)
+    return list(out.values())
 
 
 _SIZE = re.compile(r"(?<![a-z\d.])\d+(?:\.\d+)?[bm](?![a-z])", re.I)

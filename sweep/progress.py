@@ -113,8 +113,8 @@ class View:
             )
 
     def add_points(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Finished cells as ``point`` gives them; also those of earlier runs."""
-        self.points |= {p["key"]: dict(p) for p in points}
+        """Finished cells as ``point`` gives them; also those of earlier runs. Others of the record may have been asked other things."""
+        self.points |= {p["key"]: dict(p) for p in points if p["key"] in self.labels}
         if self.live is not None:
             self.front = frontier_keys(list(self.points.values()))
 

@@ -74,7 +74,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The answer for one base model and evaluation."""
+    """The answer for one base model (as it was then: a folder may have been replaced, a branch moved on) and evaluation."""
 
     model: str
     suite: str
@@ -86,6 +86,7 @@ class Choice:
     would_change: list[str]
     candidates: list[Candidate]
     evaluation: str  # digest: which questions, of which data
+    revision: str  # which content of the model
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ def recommend(
     _check_limits(limits)
     e = effects or Effects(results)
     chosen = {r["key"] for r in _chosen(results, where)} if where else set(e.rows)
-    rows: dict[tuple[str, str, str], list[Row]] = {}
+    rows: dict[tuple[str, ...], list[Row]] = {}
     for row in e.rows.values():
         compared = row["method"] != "dense" and e.dense(row["key"]) is not None
         if compared and row["key"] in chosen:
-            rows.setdefault((row["model"], row["suite"], row["evaluation"] or ""), []).append(row)
+            rows.setdefault((row["model"], row["suite"], row["evaluation"] or "", row["revision"] or ""), []).append(row)
     if not rows:
         _explain_nothing(e, where)
     groups = {at: _candidates(e, found, limits) for at, found in rows.items()}
@@ -371,7 +372,7 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
     open_ = [c for c in candidates if c.status == UNDECIDED]
     others = [c for c in candidates if c.status != QUALIFIES]
     row = e.rows[candidates[0].key]
-    model, suite, evaluation = row["model"], row["suite"], row["evaluation"] or ""
+    model, suite, evaluation, revision = row["model"], row["suite"], row["evaluation"] or "", row["revision"] or ""
     if good:
         first, second = good[0], good[1] if len(good) > 1 else None
         reasons = [f"{first.cell} is the smallest of {len(good)} qualifying cells ({_size(first)})", *first.reasons]
@@ -394,6 +395,7 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
             [c for c in change if c],
             candidates,
             evaluation,
+            revision,
         )
     nearest = min(
         (c for c in others if c.status != INVALID), key=lambda c: (c.status == FAILS, _excess(c), _order(c)), default=None
@@ -413,7 +415,8 @@ def _choose(e: Effects, cells: Sequence[Candidate], limits: Limits) -> Choice:
         reasons.append(f"nearest: {nearest.cell}: {'; '.join(nearest.reasons[:2])}")
     close = [c for c in candidates if c.status == UNDECIDED and _excess(c) <= 4 * limits["max_drop"]]
     change = [w for c in sorted(close, key=_excess)[:3] if (w := _would_admit(c, limits))]
-    return Choice(model, suite, verdict, None, None, nearest.key if nearest else None, reasons, change, candidates, evaluation)
+    miss = nearest.key if nearest else None
+    return Choice(model, suite, verdict, None, None, miss, reasons, change, candidates, evaluation, revision)
 
 
 def _shown_elsewhere(e: Effects, cells: Sequence[Candidate]) -> dict[str, list[tuple[int, str]]]:
@@ -505,7 +508,9 @@ def importance(c: Choice) -> tuple[Any, ...]:
 def _summary(choices: Sequence[Choice], best: Choice, limits: Limits) -> str:
     if best.verdict == RECOMMENDED:
         cell = next(c for c in best.candidates if c.key == best.cell)
-        return f"Deploy {best.model} {cell.cell} ({best.cell[:8]}): {'; '.join(cell.reasons)}"
+        several = len({c.revision for c in choices if c.model == best.model}) > 1
+        model = f"{best.model} @{best.revision:.8}" if several else best.model
+        return f"Deploy {model} {cell.cell} ({best.cell[:8]}): {'; '.join(cell.reasons)}"
     cells = sum(len(c.candidates) for c in choices if _published(c.evaluation) == _published(best.evaluation))
     if best.verdict == UNDECIDED:
         none = f"none of {cells} cells is shown to keep every drop within {limits['max_drop']:g} points"
@@ -660,9 +665,10 @@ def _show(value: float | None, form: str) -> str:
 
 
 def evaluation_of(choice: Choice, choices: Sequence[Choice]) -> str:
-    """The suite; with the digest where one model has several evaluations of that suite."""
-    twice = sum((c.model, c.suite) == (choice.model, choice.suite) for c in choices) > 1
-    return f"{choice.suite} {choice.evaluation[:8]}" if twice else choice.suite
+    """The suite; with the digest where one model has several evaluations of that suite, and its revision where it has several."""
+    same = [c for c in choices if (c.model, c.suite) == (choice.model, choice.suite)]
+    digest = f" {choice.evaluation[:8]}" if len({c.evaluation for c in same}) > 1 else ""
+    return f"{choice.suite}{digest}" + (f" @{choice.revision:.8}" if len({c.revision for c in same}) > 1 else "")
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -158,7 +158,7 @@ def recommendation(found: Recommendation | None, cells: Mapping[str, Place]) -> 
     """The answer over all, then those of the other base models. ``cells``: by key."""
     if found is None:
         return None
-    several = len({c.evaluation for c in found.choices}) > 1
+    several = len({c.evaluation for c in found.choices}) > 1 or len({c.model for c in found.choices}) < len(found.choices)
     choices = sorted(found.choices, key=importance)
 
     def link(key: str | None) -> dict[str, Any] | None:

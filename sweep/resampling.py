@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 
 from ..actors.cell import DIMENSIONS
-from .effects import ItemScores, config_of
+from .effects import ItemScores, configurations
 from .results import Results
 from .statistics import resampling_weights
 
@@ -34,10 +34,9 @@ class Resampler:
         self.all_keys = [*self.keys, *extra]
         self._pseudo = self._from_items(items or ItemScores(results, self.all_keys, needed), needed) if needed else {}
         varying = np.array([any((k, d) in self._pseudo for d in needed) for k in self.keys], bool)
-        groups: dict[str, list[int]] = {}
-        for i, k in enumerate(self.keys):
-            groups.setdefault(config_of(self.rows[k]), []).append(i)
-        self.groups = [np.array(g) for g in groups.values() if len(g) > 1]
+        place = {k: i for i, k in enumerate(self.keys)}
+        groups = [[place[r["key"]] for r in same] for same in configurations([self.rows[k] for k in self.keys])]
+        self.groups = [np.array(g) for g in groups if len(g) > 1]
         seeded = np.zeros(len(self.keys), bool)
         for g in self.groups:
             seeded[g] = True

@@ -258,7 +258,7 @@ def seed_spread(values: Sequence[float | None], limit: float = 5.0) -> SeedSprea
     x = np.array([v for v in values if v is not None and not math.isnan(v)], float)
     if len(x) < 2:
         return None
-    sd = float(x.std(ddof=1))
+    sd = round(float(x.std(ddof=1)), 9)  # of equal scores rounding leaves some
     return SeedSpread(len(x), float(x.mean()), sd, float(x.min()), float(x.max()), sd > limit)
 
 
@@ -270,7 +270,7 @@ def seed_p(deltas: ArrayLike, threshold: float) -> float:
     x = np.asarray(deltas, float)
     if len(x) < 3 or x.mean() <= threshold:
         return 1.0
-    se = float(x.std(ddof=1)) / math.sqrt(len(x))
+    se = round(float(x.std(ddof=1)), 9) / math.sqrt(len(x))
     return float(stats.t.sf((x.mean() - threshold) / se, len(x) - 1)) if se > 0 else 0.5 ** len(x)
 
 

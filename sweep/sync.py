@@ -23,10 +23,11 @@ def sync(uri: str) -> str:
     metrics: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for m in results.rows("select * from metrics"):
         metrics[m["key"]].append(m)
-    sent, notes = 0, []
+    sent, notes, everywhere = 0, [], True
     for sweep in sweeps:
         config = config_of(sweep)
         online = has_key() and config.wandb.mode != "disabled"
+        everywhere &= online
         config = config.model_copy(
             update={"wandb": config.wandb.model_copy(update={"mode": "online" if online else "offline"})}
         )
@@ -48,6 +49,8 @@ def sync(uri: str) -> str:
         rows, found = picture(uri, sweep["keys"])
         publisher.frontier(rows)
         publisher.alarms(found)
-        notes += publisher.close(0)
-    where = "W&B" if not notes and online else "offline runs (`wandb login` or WANDB_API_KEY publishes them)"
+        states = [cells[k]["status"] for k in sweep["keys"] if k in cells]
+        figures = {f"cells/{state}": states.count(state) for state in ("done", "failed")}
+        notes += publisher.close(0, {**figures, "cells/total": len(sweep["keys"])})
+    where = "W&B" if not notes and everywhere else "offline runs (`wandb login` or WANDB_API_KEY publishes them)"
     return "; ".join([f"{sent} cells of {len(sweeps)} sweep(s) written to {where}", *notes])

@@ -113,8 +113,11 @@ class Publisher:
                 tags=[row["method"], row["suite"] or "none"],
                 config={c: row.get(c) for c in CONFIG} | {"over_seeds": name.replace(f" seed {row['seed']}", "")},
             )  # fmt: skip
-            run.log({k: v for k, v in flat.items() if k not in CONFIG and isinstance(v, int | float)})
-            run.summary.update({k: v for k, v in flat.items() if k not in CONFIG and v is not None})
+            told = {k: v for k, v in flat.items() if k not in CONFIG and v is not None}
+            for name in [n for n in run.summary.keys() if n not in told and n[0] != "_" and n != "items"]:  # noqa: SIM118 (no mapping)
+                del run.summary[name]  # of a run that is resumed: an error since cured, a score since found invalid
+            run.log({k: v for k, v in told.items() if isinstance(v, int | float)})
+            run.summary.update(told)
             if items:
                 names = ["dimension", "scenario", "item", "sample", "outcome", "score", "text"]
                 run.log({"items": wandb.Table(columns=names, data=[[i.get(n) for n in names] for i in items])})

@@ -294,6 +294,18 @@ def test_gguf_gives_the_weights_and_tokens_it_was_made_from(gguf_file, folder):
     assert models.load_config(ref).num_key_value_heads == 2
 
 
+def test_a_gguf_file_that_is_replaced_while_it_is_read_leaves_nothing_behind(gguf_file, folder, tmp_path):
+    """Found with one content and converted with another: kept, the conversion would stand in for the first ever after."""
+    file = Path(shutil.copy(gguf_file, tmp_path / "tiny.gguf"))
+    ref = models.resolve(str(file))
+    _write_gguf(file, make_tiny_model(tmp_path / "other", seed=1))
+    with pytest.raises(BadInput, match="was replaced while it was read"):
+        models.load(ref)
+    shutil.copy(gguf_file, file)
+    state = models.load(models.resolve(str(file)))[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+
+
 def _scaled(folder, rope):
     """Logits of the tiny model with its RoPE scaled."""
     from transformers import AutoModelForCausalLM

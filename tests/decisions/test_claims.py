@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+from datetime import timedelta
 
 import numpy as np
 import pytest
+from comptrust.actors.cell import DIMENSIONS
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
 from comptrust.sweep.claims import claims, render_claims
 from comptrust.sweep.effects import Effects
-from comptrust.sweep.importer import SHEET
+from comptrust.sweep.importer import SHEET, import_table
 from comptrust.sweep.recommend import recommend
+from comptrust.sweep.resampling import Resampler
 from comptrust.sweep.results import load_results
-from decision_records import answers, published, write_cell
+from decision_records import NOW, answers, published, sheet, write_cell
 from rich.console import Console
 from scipy import stats
 
@@ -210,6 +213,41 @@ def test_seeds_without_a_score_have_no_spread(tmp_path):
         write_cell(r, "awq", {"ethics": answers("ethics", [i >= lost for i in range(20)])}, bits=3, seed=seed)
     (found,) = claims(load_results(tmp_path)).of("D9")
     assert found.observed == "awq 3-bit mean sd 14.1; no two rates of a method differ in it"
+
+
+def test_cells_computed_anew_are_no_seeds(tmp_path):
+    """After a repair of the method, or with another text under the same name, every seed stands there twice."""
+    r, later = Record(tmp_path), NOW + timedelta(days=1)
+    write_cell(r, "dense", {"ethics": answers("ethics", [True] * 50)})
+
+    def cell(method, lost, at, **more):
+        return write_cell(
+            r, method, {"ethics": answers("ethics", [i >= lost for i in range(50)])}, bits=4, finished_at=at, **more
+        )
+
+    once = [cell("rtn", 20, NOW), cell("rtn", 0, later)]
+    before, after = ([cell("gptq", lost + n, at, seed=n) for n in range(3)] for lost, at in ((20, NOW), (0, later)))
+    e = Effects(load_results(tmp_path))
+    assert [sorted(e.seeds(k)) for k in (before[1], after[1])] == [sorted(before), sorted(after)]
+    assert e.of(after[0])["ethics"].seed_sd == pytest.approx(2.0) and not e.of(after[0])["ethics"].seed_unstable
+    assert e.of(once[0])["ethics"].seed_sd is None
+    assert [len(g) for g in Resampler(e.results, list(e.rows), ["ethics"], seed=0).groups] == [3, 3]
+    (spread,) = claims(load_results(tmp_path)).of("D9")
+    assert spread.observed == "gptq 4-bit mean sd 2.0; gptq 4-bit mean sd 2.0; no two rates of a method differ in it"
+
+
+def test_rounding_is_no_change(tmp_path):
+    """Seeds of one score differ neither from each other nor from one alone."""
+    common = {"model": "Base 13b", "mmlu": 50.0, **dict.fromkeys(DIMENSIONS, 63.3)}
+    rows = [{**common, "method": "dense", "bits": 16, "name": "base"}]
+    for bits in (8, 3):
+        name = {"method": "gptq", "bits": bits, "name": f"gptq-{bits}bit"}
+        rows += [{**common, **name, "name": f"{name['name']}-seed{seed}", "ethics": 59.3 + bits} for seed in range(3)]
+    rows += [{**common, "method": "awq", "bits": 3, "name": "awq-3bit", "ethics": 62.3}]
+    import_table(sheet(tmp_path / "t.csv", rows), tmp_path / "r", "comp-trust-sheet")
+    found = claims(load_results(tmp_path / "r"))
+    assert found.of("D5") == []
+    assert found.of("D9")[0].observed.endswith("no two rates of a method differ in it")
 
 
 def test_suites_are_never_mixed(tmp_path):

@@ -11,7 +11,7 @@ from comptrust.actors.record import Record
 from comptrust.sweep.claims import claims
 from comptrust.sweep.effects import Effects
 from comptrust.sweep.importer import import_table
-from comptrust.sweep.recommend import recommend
+from comptrust.sweep.recommend import evaluation_of, recommend
 from comptrust.sweep.results import load_results
 from comptrust.sweep.statistics import holm_bounds, upper_bound
 from decision_records import answers, sheet, write_cell
@@ -231,6 +231,20 @@ def test_of_two_recommendations_the_larger_suite_has_the_word(tmp_path):
             write_cell(r, method, right, suite=suite, evaluation=suite, bits=bits, size_bytes=size, artifact_key=method)
     found = recommend(load_results(tmp_path))
     assert [(c.suite, c.verdict) for c in found.choices] == [("full", "recommended"), ("smoke", "recommended")]
+
+
+def test_a_model_that_was_replaced_is_another_model(tmp_path):
+    """Cells of a folder's former content are no candidates beside those of the present one, and the answer says which it is."""
+    for revision, bits in (("former", 4), ("present", 8)):
+        results, _ = record(tmp_path, 1000, [(cell(bits, bits * 1000, revision=revision), 3)], revision=revision)
+    found = recommend(results)
+    assert {(c.revision, tuple(x.cell for x in c.candidates)) for c in found.choices} == {
+        ("former", ("rtn 4",)),
+        ("present", ("rtn 8",)),
+    }
+    assert {evaluation_of(c, found.choices) for c in found.choices} == {"standard @former", "standard @present"}
+    best = next(c for c in found.choices if c.cell == found.cell)
+    assert found.summary.startswith(f"Deploy acme/lm-1b @{best.revision} rtn")
 
 
 def test_why_nothing_is_compressed(tmp_path):

@@ -167,13 +167,14 @@ def test_seed_spread():
     assert not spread.unstable
     assert st.seed_spread([60.6, 53.7, 41.3]).unstable
     assert st.seed_spread([1.0, None]) is None
+    assert st.seed_spread([63.3] * 3).sd == 0  # in spite of rounding
 
 
 def test_seed_p_is_students():
     x = [-46.9, -48.0, -51.5]
     assert st.seed_p([-v for v in x], 5) == pytest.approx(stats.ttest_1samp(x, -5, alternative="less").pvalue)
     assert st.seed_p(x[:2], -60) == 1.0
-    assert st.seed_p([-4.0] * 3, -5) == 1 / 8
+    assert st.seed_p([-4.0] * 3, -5) == st.seed_p([-2.8] * 3, -3) == 1 / 8
 
 
 def test_transitions():

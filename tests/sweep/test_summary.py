@@ -6,6 +6,7 @@ import io
 import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from comptrust.actors.record import Record
@@ -128,6 +129,15 @@ def test_a_long_frontier_shows_its_best(tmp_path):
     text = console.file.getvalue()
     assert "Frontier: 50 of 50 cells, the first 40 by perplexity" in " ".join(text.split())
     assert " 51 " in text and " 100 " not in text.split("Frontier")[1].split("(up)")[0]
+
+
+def test_the_live_frontier_is_of_the_sweeps_own_cells():
+    """The record may hold cells of a smaller suite, whose trust is higher."""
+    view = View(console=Console(file=io.StringIO(), width=100))
+    view.live, view.labels = MagicMock(), {"a": "m gptq 4", "b": "m dense"}
+    size = {"a": 1, "b": 2, "other": 1}
+    view.add_points([{"key": k, "size_bytes": n, "trust": 90.0 - n, "perplexity": 5.0} for k, n in size.items()])
+    assert view.front == ["a"] and set(view.points) == {"a", "b"}
 
 
 def test_names_with_brackets_stand_in_the_live_view():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -195,6 +196,33 @@ def test_sync_where_nothing_can_be_written_is_bad_input(tmp_path):
     (tmp_path / "wandb").write_text("a file, no folder")
     done = comptrust("sync", str(tmp_path))
     assert (done.returncode, done.stderr.partition(": W&B writes")[0]) == (2, "error: RESULTS"), done.stderr
+
+
+def test_sync_takes_back_what_is_no_longer_so(tmp_path):
+    """A cell that failed is done since, and a score fell to a rescoring: the run is resumed with the summary that it had."""
+    from comptrust.actors.record import Record
+    from sweeps import comptrust
+
+    record = Record(tmp_path)
+    cell = {"key": "k1", "model": "a/m", "method": "gptq", "bits": 4, "suite": "smoke", "params": {}}
+    metric = {"convention": "comptrust", "dimension": "ethics", "scenario": "", "metric": "score"}
+    config = {"name": "s", "models": [{"id": "a/m"}]}
+    record.put_json("sweeps/s1.json", {"id": "s1", "name": "s", "config": config, "keys": ["k1", "k2"], "labels": {}})
+    record.fail(
+        {**cell, "status": "failed", "error_type": "CellError", "error": "NaN", "attempts": 1, "finished_at": datetime.now(UTC)}
+    )
+    told = []
+    with Server() as server:
+        env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
+        for value in ("failed", 50.0, None):
+            if value != "failed":
+                record.commit({**cell, "status": "done"}, [{**metric, "value": value}], [])
+            done = comptrust("sync", record.root, **env)
+            assert done.returncode == 0, done.stderr
+            told.append({k: v for k, v in server.runs["s1-k1"]["summary"].items() if k in ("status", "error", "ethics/score")})
+            counts = [server.runs["s1-sweep"]["summary"][f"cells/{name}"] for name in ("done", "failed", "total")]
+            assert counts == ([0, 1, 2] if value == "failed" else [1, 0, 2])
+    assert told == [{"status": "failed", "error": "NaN"}, {"status": "done", "ethics/score": 50.0}, {"status": "done"}]
 
 
 def test_sync_finds_the_key_of_wandb_login(tmp_path):

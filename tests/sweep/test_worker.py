@@ -339,6 +339,33 @@ def test_items_hold_what_a_scorer_needs(computed):
     assert n == [{"dimension": "ethics", "n": 4 * 16}, {"dimension": "stereotype", "n": 4 * 16}]
 
 
+def test_a_model_that_is_replaced_meanwhile_is_no_cell_of_the_sweep(tiny, tiny_pair, tmp_path, monkeypatch):
+    """A library reads the folder again that the worker has long loaded; and the worker's own reading takes time."""
+    import shutil
+
+    from comptrust.actors import models
+    from comptrust.actors.compress import backends
+
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    config = load_config(sweep_dict([folder], tmp_path / "results"))
+    dense = expand(config).cells[0]
+    made = worker(config, tmp_path / "results")
+    made.prepare(dense)
+    assert made.error is None
+    replace = lambda *args, **more: shutil.copy(tiny_pair[1] / "model.safetensors", folder)
+    monkeypatch.setattr(backends, "run_backend", lambda *args, **more: pytest.fail("another model was compressed"))
+    replace()
+    made.prepare(dense.model_copy(update={"method": "rtn", "params": {"bits": 4}, "backend": "llmcompressor"}))
+    assert isinstance(made.error, CellError) and "the sweep was planned with" in str(made.error)
+
+    shutil.copy(tiny / "model.safetensors", folder)
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *args, **more: (load(*args, **more), replace())[0])
+    made = worker(config, tmp_path / "results")
+    made.prepare(dense)
+    assert isinstance(made.error, CellError) and made.held is None
+
+
 @pytest.mark.parametrize("knob", [{"weights": [1.0, 3.0]}, {"template": True}, {"template": True, "system": "Be brief."}])
 def test_only_the_seed_of_a_calibration_makes_two_cells_one_configuration(knob):
     def row(**calibration):

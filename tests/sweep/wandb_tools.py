@@ -153,7 +153,16 @@ class Handler(BaseHTTPRequestHandler):
             }  # fmt: skip
             return self.answer({"data": {"upsertBucket": {"inserted": new, "bucket": bucket}}})
         if name == "RunResumeStatus":
-            return self.answer({"data": {"model": {**project, "bucket": None}}})
+            bucket = self.server.runs.get(run := given["name"])
+            if bucket is not None:  # resumed: the client goes on from its history and summary
+                history = [json.dumps(step) for step in bucket.get("history", [])]
+                bucket = {
+                    "id": "id_" + run, "name": run, "displayName": bucket.get("displayName"), "config": bucket.get("config") or "{}",
+                    "summaryMetrics": json.dumps(bucket.get("summary", {})), "wandbConfig": '{"t": 1}', "tags": [], "notes": None,
+                    "historyLineCount": len(history), "historyTail": json.dumps(history[-1:]), "eventsLineCount": 0,
+                    "eventsTail": "[]", "logLineCount": 0,
+                }  # fmt: skip
+            return self.answer({"data": {"model": {**project, "bucket": bucket}}})
         if name == "CreateRunFiles":
             base = f"http://127.0.0.1:{self.server.server_port}/storage/{given['run']}/"
             files = [{"name": f, "uploadUrl": base + f} for f in given["files"]]
