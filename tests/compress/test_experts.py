@@ -220,6 +220,21 @@ def test_a_loaded_mixture_is_split(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_an_exported_mixture_in_bfloat16_loads_in_one_dtype(tmp_path, tokens):
+    """transformers makes experts dense in the dtype of the scales, which bfloat16 may not hold."""
+    folder = make_tiny_model(tmp_path / "tokenizer")
+    model = mixture("qwen3_moe")
+    model.resize_token_embeddings(600)
+    model.bfloat16().save_pretrained(folder)
+    dense, tokenizer = models.load(models.resolve(str(folder)), dtype="bfloat16")
+    done = compress(dense, "rtn", {"bits": 8, "group_size": 16})
+    exported = export(done, tokenizer, tmp_path / "out")
+    assert exported.format == "compressed-tensors"
+    back, _ = models.load(models.resolve(str(exported.path)), dtype="bfloat16")
+    logits, expected = back(tokens).logits, done.model(tokens).logits
+    assert ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.02
+
+
 def test_what_is_not_to_be_had_is_refused_with_the_reason(tokens):
     oss = mixture("gpt_oss", layer_types=["full_attention"] * 2)
     why = incompatible("rtn", {}, oss.config)
