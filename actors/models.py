@@ -193,9 +193,12 @@ def load(
             )
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise BadInput(f"transformers cannot load {ref.spec!r}: {error}", where="model") from error
-    from .compress.experts import split_experts
+    from .compress.experts import fused_experts, split_experts
 
-    return split_experts(_whole(ref.spec, *made).eval()), tokenizer  # type: ignore[return-value]
+    model = _whole(ref.spec, *made).eval()
+    for module in filter(fused_experts, model.modules()):
+        module.to(getattr(torch, dtype))  # experts that came quantised are in the dtype of their scales
+    return split_experts(model), tokenizer  # type: ignore[return-value]
 
 
 def _whole(spec: str, model: Any, loaded: Mapping[str, Any]) -> Any:

@@ -113,15 +113,24 @@ def mixtures(model: nn.Module) -> dict[str, Experts]:
 
 def routers(block: nn.Module) -> set[int]:
     """``id`` of all modules of ``block`` that choose experts or weigh them: beside the experts, with an output for each of them, or with
-    one for all. They stay dense, as in all libraries: a few kilobytes that decide which weights a token meets."""
+    one for all, in no path back to hidden states (a shared expert, attention). They stay dense, as in all libraries: a few kilobytes
+    that decide which weights a token meets."""
     found = set()
     for name, experts in mixtures(block).items():
         beside = block.get_submodule(name.rpartition(".")[0])
-        for child in (m for m in beside.children() if m is not experts):
+        for child in (m for m in beside.children() if m is not experts and not _returns(m, experts)):
             for module in child.modules():
                 if any(p.ndim == 2 and len(p) in (1, experts.num_experts) for p in module.parameters(recurse=False)):
                     found.add(id(module))
     return found
+
+
+def _returns(module: nn.Module, experts: Experts) -> bool:
+    """Whether ``module`` goes from hidden states to something and back."""
+    hidden = experts.get_submodule("0.down_proj").out_features
+    linears: list[Any] = [m for m in module.modules() if hasattr(m, "in_features")]  # quantised weights have other shapes
+    read, given = {m.in_features for m in linears}, {m.out_features for m in linears}
+    return len(linears) > 1 and hidden in read and hidden in given
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def mixture(kind: str, **changes):
     heads = {"num_key_value_heads": 4 if hasattr(default, "kv_lora_rank") else 2, "head_dim": 16}
     sizes = {name: value for name, value in (SIZES | heads).items() if hasattr(default, name)}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **changes)).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | changes))).eval().requires_grad_(False)
     for p in model.parameters():
         if p.ndim > 1:
             p.normal_(0, 0.15)
@@ -92,6 +92,14 @@ def test_every_expert_compresses_and_the_routers_stay(kind, method, tokens):
     for (name, old), new in zip(split.named_parameters(), done.model.parameters(), strict=True):
         if method == "gptq" and name.removesuffix(".weight") not in done.stored:
             assert old.data_ptr() == new.data_ptr()
+
+
+def test_a_shared_expert_as_wide_as_the_routed_ones_are_many_is_no_router():
+    """Qwen3-Next has 512 experts and a shared one of 512."""
+    model = split_experts(mixture("qwen2_moe", num_experts=32))
+    got = set(named_linears(*decoder_blocks(model)))
+    assert {f"model.layers.1.mlp.shared_expert.{leaf}_proj" for leaf in ("gate", "up", "down")} < got
+    assert not {"model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate"} & got
 
 
 def test_an_expert_is_pruned_on_all_tokens_of_its_layer(tokens):
@@ -210,6 +218,21 @@ def test_a_loaded_mixture_is_split(tmp_path):
     assert len(mixtures(loaded)) == 2
     ids = torch.arange(40)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_an_exported_mixture_in_bfloat16_loads_in_one_dtype(tmp_path, tokens):
+    """transformers makes experts dense in the dtype of the scales, which bfloat16 may not hold."""
+    folder = make_tiny_model(tmp_path / "tokenizer")
+    model = mixture("qwen3_moe")
+    model.resize_token_embeddings(600)
+    model.bfloat16().save_pretrained(folder)
+    dense, tokenizer = models.load(models.resolve(str(folder)), dtype="bfloat16")
+    done = compress(dense, "rtn", {"bits": 8, "group_size": 16})
+    exported = export(done, tokenizer, tmp_path / "out")
+    assert exported.format == "compressed-tensors"
+    back, _ = models.load(models.resolve(str(exported.path)), dtype="bfloat16")
+    logits, expected = back(tokens).logits, done.model(tokens).logits
+    assert ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.02
 
 
 def test_what_is_not_to_be_had_is_refused_with_the_reason(tokens):
