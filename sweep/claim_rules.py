@@ -56,7 +56,7 @@ class Base:
         return [r for r in rows if any(e.told for e in self.effects.of(r["key"]).values())]
 
     def mmlu(self, row: Row) -> float | None:
-        return None if row["mmlu"] is None or self.dense["mmlu"] is None else row["mmlu"] - self.dense["mmlu"]
+        return None if row["mmlu"] is None or self.dense["mmlu"] is None else round(row["mmlu"] - self.dense["mmlu"], 9)
 
     def pick(self, methods: Iterable[str], rates: Iterable[str] | None = None) -> list[Row]:
         chosen = set(rates) if rates is not None else None

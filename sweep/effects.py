@@ -347,7 +347,7 @@ def _with(effect: Effect, **changes: Any) -> Effect:
 
 
 def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+    return None if a is None or b is None else round(a - b, 9)  # 61.4 - 66.4 is no drop of more than 5
 
 
 def _finite(x: float) -> float | None:

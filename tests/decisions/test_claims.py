@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from datetime import timedelta
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def figures(table):
             continue
         pruned = r["Method Subtype"] in ("mag", "wanda", "sparsegpt")
         group = "50% N:M" if pruned else f"{r['Sparsity/bits']}-bit"
-        deltas = [float(r[c]) - float(dense[r["Base Model"]][c]) for c in SHEET.values()]
+        deltas = [float(Decimal(r[c]) - Decimal(dense[r["Base Model"]][c])) for c in SHEET.values()]
         out.setdefault(group, []).append((sum(d < -5 for d in deltas), min(deltas)))
     return out
 
@@ -49,7 +50,8 @@ def test_published_figures(published_sheet):
         assert g.worst_delta == pytest.approx(min(w for _, w in cells))
     # and the figures of the field notes
     assert (found["8-bit"].cells, found["8-bit"].cells_without_drop, found["8-bit"].dims_down_max) == (6, 6, 0)
-    assert (found["4-bit"].cells, found["4-bit"].dims_down_mean) == (8, 0.75)
+    # (whose 0.75 counts a drop of exactly 5 as more: 61.4 - 66.4 is -5.000000000000007 in binary)
+    assert (found["4-bit"].cells, found["4-bit"].dims_down_mean) == (8, 0.625)
     assert found["4-bit"].worst_delta == pytest.approx(-18.4)
     assert (found["3-bit"].cells, found["3-bit"].dims_down_mean) == (10, pytest.approx(3.2))
     assert found["3-bit"].worst_delta == pytest.approx(-51.5)
