@@ -199,9 +199,8 @@ def _chunk_rows(
 ) -> int:
     """Sequences of ``tokens`` whose activations in one block fit the budget."""
     if chunk_tokens is None:
-        others = tuple(
-            f"{mixture}.{e}." for mixture, m in mixtures(block).items() for e in range(1, m.num_experts)
-        )  # one runs at a time
+        # Of experts one runs at a time.
+        others = tuple(f"{mixture}.{e}." for mixture, m in mixtures(block).items() for e in range(1, m.num_experts))
         widths = [m.in_features + m.out_features for n, m in linears_of(block).items() if not n.startswith(others)]
         size = next(block.parameters()).element_size()
         a_token = sum(widths) * size + 8 * max(widths)  # what the block keeps, and a float32 copy of the widest input

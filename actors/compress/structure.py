@@ -248,9 +248,8 @@ def discover(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, *, folds: 
         alive: list[Tensor] = []  # an address names a tensor only as long as it lives
 
         def place(x: Tensor) -> tuple:
-            alive.append(
-                x
-            )  # the cdata of its storage: tensors without numbers have no data_ptr. Experts read [T, I] of a [B, T, I]
+            # The cdata of its storage: tensors without numbers have no data_ptr. Experts read [B T, I] of a [B, T, I].
+            alive.append(x)
             return (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.shape[-1])
 
         def before(name: str):
