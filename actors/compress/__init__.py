@@ -124,8 +124,7 @@ def incompatible(method: str, params: Mapping[str, Any], model_config: Any) -> s
 
 def is_mixture(model_config: Any) -> bool:
     """Whether the model has experts to choose from. Reads no weights."""
-    with torch.device("meta"):
-        return bool(mixtures(_without_weights(_canonical(model_config))))
+    return _is_mixture(_canonical(model_config))
 
 
 def required_tokens(method: str, params: Mapping[str, Any], model_config: Any) -> int:
@@ -200,6 +199,12 @@ def _linears(config_json: str) -> Mapping[str, int]:
         ) from e
     prefix, blocks = decoder_blocks(model)
     return {name: m.in_features for name, m in named_linears(prefix, blocks).items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _is_mixture(config_json: str) -> bool:
+    with torch.device("meta"):
+        return bool(mixtures(_without_weights(config_json)))
 
 
 @functools.lru_cache(maxsize=32)

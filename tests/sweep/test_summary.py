@@ -6,13 +6,13 @@ import io
 import sys
 import time
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 from comptrust.actors.record import Record
 from comptrust.sweep.progress import View
 from comptrust.sweep.summary import print_rows, print_status
 from rich.console import Console
+from rich.live import Live
 
 
 def shown(rows, width):
@@ -133,8 +133,8 @@ def test_a_long_frontier_shows_its_best(tmp_path):
 
 def test_the_live_frontier_is_of_the_sweeps_own_cells():
     """The record may hold cells of a smaller suite, whose trust is higher."""
-    view = View(console=Console(file=io.StringIO(), width=100))
-    view.live, view.labels = MagicMock(), {"a": "m gptq 4", "b": "m dense"}
+    view = View(console=(console := Console(file=io.StringIO(), width=100)))
+    view.live, view.labels = Live(console=console), {"a": "m gptq 4", "b": "m dense"}
     size = {"a": 1, "b": 2, "other": 1}
     view.add_points([{"key": k, "size_bytes": n, "trust": 90.0 - n, "perplexity": 5.0} for k, n in size.items()])
     assert view.front == ["a"] and set(view.points) == {"a", "b"}
