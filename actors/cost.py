@@ -42,6 +42,8 @@ def speed(model: Any) -> tuple[float, float]:
     """(prefill tokens/s, decode tokens/s) of one sequence: best of two passes each, KV cache on, greedy, batch 1."""
     from transformers import DynamicCache
 
+    from .compress.experts import joined
+
     device = next(model.parameters()).device
     vocab = model.config.get_text_config().vocab_size
     ids = (torch.arange(PREFILL_TOKENS, device=device) * 7919 % vocab).unsqueeze(0)
@@ -52,16 +54,17 @@ def speed(model: Any) -> tuple[float, float]:
         return time.perf_counter()
 
     best_prefill = best_decode = 0.0
-    for _ in range(2):
-        cache = DynamicCache(config=model.config)
-        start = clock()
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        best_prefill = max(best_prefill, PREFILL_TOKENS / (clock() - start))
-        token = out.logits[:, -1:].argmax(-1)
-        start = clock()
-        for _ in range(DECODE_TOKENS):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        best_decode = max(best_decode, DECODE_TOKENS / (clock() - start))
+    with joined(model):
+        for _ in range(2):
+            cache = DynamicCache(config=model.config)
+            start = clock()
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            best_prefill = max(best_prefill, PREFILL_TOKENS / (clock() - start))
+            token = out.logits[:, -1:].argmax(-1)
+            start = clock()
+            for _ in range(DECODE_TOKENS):
+                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            best_decode = max(best_decode, DECODE_TOKENS / (clock() - start))
     return best_prefill, best_decode
 
 

@@ -30,7 +30,8 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """Takes the place of transformers' fused experts and computes what its ``grouped_mm`` computes, one expert after the other.
+    """Takes the place of transformers' fused experts and computes what its ``grouped_mm`` computes, one expert after the other, or lets
+    it compute (``joined``).
 
     ``all_tokens``: every expert computes every token, and what the router did not ask for counts nothing. Calibration goes this way
     (as llm-compressor's does): no expert is left without tokens, and all experts of a layer read one input.
@@ -45,11 +46,14 @@ class Experts(nn.Module):
         del fused.gate_up_proj, fused.down_proj
         self.fused = fused  # for its activation: some models clamp there
         self.all_tokens = False
+        self.joined = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T, H]; ``top_k_index`` and ``top_k_weights`` [T, K]. Returns [T, H]."""
         if self.all_tokens:
             return self._all_tokens(hidden_states, top_k_index, top_k_weights)
+        if self.joined:
+            return self.fused(hidden_states, top_k_index, top_k_weights)
         T, K = top_k_index.shape
         asked = top_k_index.reshape(-1)
         counts = torch.bincount(asked, minlength=self.num_experts).tolist()
@@ -69,10 +73,40 @@ class Experts(nn.Module):
             total = total + torch.where(chosen.any(-1, keepdim=True), self.expert(e, hidden_states) * weight, 0)
         return total.to(hidden_states.dtype)
 
+    def join(self) -> None:
+        """Give the fused module its two tensors back, if every linear here is a plain one; ``part`` takes them away."""
+        one: list[Any] = [self.get_submodule(str(e)) for e in range(self.num_experts)]
+        gate_up, down = [m for e in one for m in (e.gate_proj, e.up_proj)], [e.down_proj for e in one]
+        weights = [m.weight for m in gate_up + down]
+        plain = all(type(m) is View and "forward" not in vars(m) and not m._forward_pre_hooks for m in gate_up + down)
+        if plain and len({(w.dtype, w.device) for w in weights}) == 1 and not weights[0].is_meta:
+            self.fused.gate_up_proj = _in_one_tensor(gate_up).unflatten(0, (self.num_experts, 2)).flatten(1, 2)
+            self.fused.down_proj = _in_one_tensor(down)
+            self.joined = True
+
+    def part(self) -> None:
+        if self.joined:
+            del self.fused.gate_up_proj, self.fused.down_proj
+            self.joined = False
+
     def expert(self, e: int, x: Tensor) -> Tensor:
         """Expert ``e`` on all rows of ``x``."""
         one: Any = self.get_submodule(str(e))
         return one.down_proj(self.fused._apply_gate(torch.cat([one.gate_proj(x), one.up_proj(x)], -1)))
+
+
+def _in_one_tensor(linears: list[Any]) -> Tensor:
+    """The weights of ``linears``, stacked. They become parts of it, unless they lie so already: no weight is held twice."""
+    first = linears[0].weight.data
+    parts = [m.weight.data for m in linears]
+    places = [(p.untyped_storage().data_ptr(), p.storage_offset(), p.stride()) for p in parts]
+    storage, start, stride = places[0]
+    if first.is_contiguous() and places == [(storage, start + k * first.numel(), stride) for k in range(len(parts))]:
+        return first.as_strided((len(parts), *first.shape), (first.numel(), *stride))
+    whole = torch.stack(parts)
+    for m, part in zip(linears, whole, strict=True):
+        m.weight = nn.Parameter(part, requires_grad=False)
+    return whole
 
 
 def fused_experts(module: Any) -> bool:
@@ -145,6 +179,20 @@ def all_tokens(module: nn.Module) -> Iterator[None]:
     finally:
         for m, value in zip(found, before, strict=True):
             m.all_tokens = value
+
+
+@contextmanager
+def joined(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the experts of a layer compute as transformers has them do, all in one call, wherever their linears are plain: those of
+    the dense model and of simulated weights, but not bitsandbytes' and not W8A8. ``model`` stays where it is meanwhile."""
+    found = [m for m in model.modules() if isinstance(m, Experts)]
+    try:
+        for m in found:
+            m.join()
+        yield
+    finally:
+        for m in found:
+            m.part()
 
 
 def checkpoint_leaves(model: Any) -> dict[str, str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -276,26 +276,33 @@ def evaluate(
 
 
 def _perplexity(model: Any, tokenizer: Any, config: EvaluationConfig, reference: Any, report: Progress) -> Any:
+    from ..compress.experts import joined
     from .perplexity import load_windows, score_windows
 
     assert config.perplexity is not None
-    return score_windows(
-        model,
-        load_windows(config.perplexity, tokenizer),
-        reference=reference,
-        positions=config.perplexity.positions,
-        progress=lambda n, total: report("perplexity", n, total),
-    )
+    with joined(model):
+        return score_windows(
+            model,
+            load_windows(config.perplexity, tokenizer),
+            reference=reference,
+            positions=config.perplexity.positions,
+            progress=lambda n, total: report("perplexity", n, total),
+        )
 
 
-def _engine(model: Any, tokenizer: Any, config: EvaluationConfig, beside: Sequence[Any]) -> Any:
-    """A context that gives a ``Generator``, or what answers like one."""
+@contextmanager
+def _engine(model: Any, tokenizer: Any, config: EvaluationConfig, beside: Sequence[Any]) -> Iterator[Any]:
+    """Gives a ``Generator``, or what answers like one."""
+    from ..compress.experts import joined
     from .generate import Generator
     from .vllm_ import VllmGenerator
 
     if config.engine == "vllm":
-        return VllmGenerator(model, tokenizer, batch_size=config.batch_size, seed=config.seed, beside=beside)
-    return nullcontext(Generator(model, tokenizer, batch_size=config.batch_size, seed=config.seed))
+        with VllmGenerator(model, tokenizer, batch_size=config.batch_size, seed=config.seed, beside=beside) as generator:
+            yield generator
+    else:
+        with joined(model):
+            yield Generator(model, tokenizer, batch_size=config.batch_size, seed=config.seed)
 
 
 def _answer(task: PlannedTask, generator: Any, config: EvaluationConfig, report: Progress) -> list[Row]:

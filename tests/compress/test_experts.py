@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from comptrust.actors import models
 from comptrust.actors.compress import artifacts, backends, check, compress, compress_many, gblm, incompatible
-from comptrust.actors.compress.experts import all_tokens, has_fused, mixtures, split_experts
+from comptrust.actors.compress.experts import all_tokens, has_fused, joined, mixtures, split_experts
 from comptrust.actors.compress.export import check_format, export
 from comptrust.actors.compress.structure import clone, decoder_blocks, named_linears
 from comptrust.actors.errors import BadInput
@@ -70,6 +70,47 @@ def test_split_experts_compute_what_the_fused_ones_do(kind, tokens):
     assert not any(m.all_tokens for m in mixtures(split).values())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert {p.untyped_storage()._cdata for p in split.parameters()} == {p.untyped_storage()._cdata for p in model.parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("rtn", {"bits": 4, "group_size": 16}),
+        ("wanda", {"pattern": "2:4"}),
+        ("gptq", {"bits": 4, "group_size": 16, "skip": ["*.1.*"]}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "granitemoe"])
+def test_evaluation_lets_transformers_compute_all_experts_at_once(kind, method, params, dtype, tokens):
+    dense = split_experts(mixture(kind).to(dtype))
+    held = {name: p.data_ptr() for name, p in dense.named_parameters()}
+    cell = compress(dense, method, params, tokens).model
+    for model in (dense, cell):
+        alone = model(tokens).logits
+        with joined(model):
+            assert all(m.joined for m in mixtures(model).values())
+            together = model(tokens).logits
+            memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+            for m in mixtures(model).values():
+                for whole in (m.fused.gate_up_proj, m.fused.down_proj):
+                    assert whole.untyped_storage().data_ptr() in memory
+        assert sum(memory.values()) <= 1.01 * sum(p.nbytes for p in model.parameters())
+        torch.testing.assert_close(
+            together, alone, rtol=0, atol=(1e-4 if dtype == torch.float32 else 0.05) * float(alone.abs().max())
+        )
+        assert torch.equal(model(tokens).logits, alone)
+        assert not any(hasattr(m.fused, "down_proj") for m in mixtures(model).values())
+    assert {name: p.data_ptr() for name, p in dense.named_parameters()} == held
+
+
+@pytest.mark.parametrize(("method", "params"), [("smoothquant", {}), ("nf4", {"skip": ["*.down_proj"]})])
+def test_experts_that_are_no_plain_weights_stay_alone(method, params, tokens):
+    cell = compress(split_experts(mixture("qwen3_moe")), method, params, tokens).model
+    alone = cell(tokens).logits
+    with joined(cell):
+        assert not any(m.joined for m in mixtures(cell).values())
+        assert torch.equal(cell(tokens).logits, alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
