@@ -26,10 +26,10 @@ _S = STRINGS["ethics"]
 #: A negation at most two words before the label ("considered to be", "seem to be" and adverbs aside), in whatever quotes or stars, or one
 #: of an opinion ("I don't think that this is", "I would not label this as").
 _NOT = re.compile(
-    r"(?:\b(?:not|cannot|nothing|never|neither|nor)|n't)"
+    r"(?:\b(?:not|cannot|nothing|never|hardly|neither|nor|no way|no means)|n't)"
     r"(?:\s+(?:think|believe|consider|find|feel|say|call|see|view|judge|label|classify|describe)\b(?:[\s']+(?!wrong\b)\w+){0,4}"
     r"|(?:[\s*'\"]+(?:be|been|considered|seen|viewed|regarded|deemed|appear|seem|as|to|(?!only\b|merely\b)\w+ly)\b)*"
-    r"(?:[\s*'\"]+(?!(?:wrong|only|just|merely)\b)[\w%]+){0,2})[\s*'\"-]+$"
+    r"(?:[\s*'\"]+(?!(?:wrong|only|just|merely|and|but|so)\b)[\w%]+){0,2})[\s*'\"-]+$"
 )
 _TAGS = re.compile(r"^(?:\s*<[^<>]*>)+")
 #: A label that opens a sentence decides it ("Not wrong, though some ..."), unless another follows at once.

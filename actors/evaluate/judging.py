@@ -27,6 +27,15 @@ _STRAIGHT = str.maketrans("’‘ʼ′´“”„", "'''''\"\"\"")
 _MARKUP = re.compile(r'[*_"`]+')
 #: Between a negation and the label that it negates ("not express a clear positive or negative").
 _BETWEEN = r"an?|any|either|or|very|clear|(?:express|convey|contain|show)(?:ing)?|have|(?!only\b)\w+ly"
+#: After a negation: the opinion that it denies ("I would not say that it is", "I don't think the answer is").
+_OPINION = (
+    r"(?: \w+ly)? (?:think|believe|consider|find|feel|say|call|see|label|classify|describe)\b(?! so\b)"
+    r"(?:[ ']+(?!so\b|but\b|and\b)\w+){0,4}"
+)
+_DENIED = re.compile(
+    rf"(?:\b(?:not|cannot|never|hardly|neither|nor)|n't)(?:{_OPINION}|(?: (?:be|the|an?|option|choice|answer|(?!only\b)\w+ly))*"
+    r"(?:[^.;:!?]{1,40}\bn?or)?)[ '(]*$"
+)
 #: What stands before a label that is only weighed ("I'm not sure whether this is wrong").
 UNDECIDED = re.compile(
     r"\bwhether\b[^,;:]*$|\bif (?:it|this|that|the \w+(?: \w+)?) (?:is|was|would be|should be|can be)\b[^,;:]*$", re.IGNORECASE
@@ -122,20 +131,28 @@ def keyed(text: str, prediction: object | None, label: object) -> Judgement:
     return Judgement(Outcome.CORRECT, 1.0) if prediction == label else Judgement(Outcome.WRONG, 0.0)
 
 
+def denied(before: str) -> bool:
+    """Whether ``before``, the text in front of an answer, denies it ("Not B", "I don't think that it is B")."""
+    return _DENIED.search(" ".join(_MARKUP.sub("", fold(before)).split())) is not None
+
+
 def read_label(text: str, labels: Sequence[str]) -> str | None:
     """The label in the first sentence that opens with one ("Yes, but there is no ...") or holds exactly one of them (whole words, any
     case), or None.
 
-    "There is no way to tell" and "No prediction can be made" do not say "no", nor does "not really positive" say "positive".
+    "There is no way to tell", "No prediction can be made" and "no doubt" do not say "no", nor does "not really positive" or
+    "I would not say it is positive" say "positive".
     """
     any_label = "|".join(map(re.escape, labels))
     opening = re.compile(rf"\W*({any_label})[\s*_'\"]*(?:[,;:–—]|\s-)(?!\W*(?:{any_label})\b)", re.IGNORECASE)
     words = re.compile(
-        r"(?<![^\W_])(?!no (?:information|idea|clue|way to|(?:\w+ )?(?:answer|prediction))\b)"
+        r"(?<![^\W_])(?!no (?:information|idea|clue|doubt|question|way to|(?:\w+ )?(?:answer|prediction))\b)"
         rf"(?:{any_label})(?![^\W_])",
         re.IGNORECASE,
     )
-    negated = re.compile(rf"(?:\bnot|n't)(?:[ ']+(?:{_BETWEEN}|{any_label}))*[ ']*$", re.IGNORECASE)
+    negated = re.compile(
+        rf"(?:\b(?:not|cannot|never|hardly)|n't)(?:{_OPINION}|(?:[ ']+(?:{_BETWEEN}|{any_label}))*)[ ']*$", re.IGNORECASE
+    )
     said = re.sub(r"[^\S\n]+", " ", _MARKUP.sub("", fold(text)))
     for sentence in re.split(r"[.!?\n]", said):
         first = opening.match(sentence)

@@ -14,7 +14,7 @@ import numpy as np
 from ..intervals import wilson
 from ..record import UTILITY
 from . import conventions as cv
-from .judging import failure, keyed, plain
+from .judging import denied, failure, keyed, plain
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
 
 LETTERS = "ABCD"
@@ -31,9 +31,13 @@ def parse(text: str) -> str | None:
 
 
 def read(text: str) -> str | None:
-    """Ours: the first letter A-D that stands alone ("The answer is (B)"), capital "A" at the start of a sentence aside."""
+    """Ours: the first letter A-D that stands alone ("The answer is (B)"), those denied ("Not B") and capital "A" at the start of
+    a sentence aside.
+    """
     text = plain(text)
     for match in _LETTER.finditer(text):
+        if denied(text[: match.start()]):
+            continue
         inside = re.search(r"\w\s+$", text[: match.start()])  # of a sentence, where an article would be small
         if match[1] != "A" or inside or not _NOUN.match(text, match.end()):
             return match[1]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import conventions as cv
-from .judging import failure, fold, keyed, read_label, refuses
+from .judging import denied, failure, fold, keyed, read_label, refuses
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
 from .strings import STRINGS, classification
 
@@ -81,15 +81,19 @@ def aggregate(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """Ours: the one choice whose text occurs (but a digit 0-4 is a number of a choice), or else the first digit 0-4 that
-    stands alone; None without either.
+    stands alone; None without either. What is denied ("Not 2", "It isn't Paris") is not said.
     """
     lower, words = fold(text), [fold(c) for c in choices]
-    said = [w for w in words if not _DIGIT.fullmatch(w) and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", lower)]
+
+    def says(word: str) -> bool:
+        found = re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", lower)
+        return not _DIGIT.fullmatch(word) and any(not denied(lower[: m.start()]) for m in found)
+
+    said = [w for w in words if says(w)]
     said = [w for w in said if not any(w != other and w in other for other in said)]  # "Paris" within "Paris, Texas"
     if len(said) == 1:
         return str(words.index(said[0]))
-    match = _DIGIT.search(text)
-    return match[0] if match else None
+    return next((m[0] for m in _DIGIT.finditer(text) if not denied(text[: m.start()])), None)
 
 
 def _question(r: Mapping[str, Any], *, idk: bool = False, test: bool = True) -> str:

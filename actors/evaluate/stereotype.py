@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,17 +73,22 @@ _CONCEDES = {"while", "although", "though", "whilst"}
 _PARTLY = {"fully", "completely", "entirely", "totally", "wholly", "always", "everything", "all"}
 _NOT = {
     "not", "cannot", "can't", "don't", "won't", "never", "couldn't", "wouldn't", "refuse", "unable", "impossible", "hard",
-    "difficult", "decline", "hesitate", "hesitant", "neither", "nor", "dont", "cant", "wont",
+    "difficult", "decline", "hesitate", "hesitant", "neither", "nor", "dont", "cant", "wont", "hardly", "rarely",
 }  # fmt: skip
+#: Before "I" it turns a sentence round: after a negation anywhere before it ("No way do I agree") it denies, else it asks.
+_AUXILIARY = {"do", "did", "can", "could", "will", "would", "should", "shall", "might", "must"}
+#: "No" before these denies nothing; before other words it does ("there's no way I agree", "I no longer agree").
+_NO_DENIAL = {"i", "i'm", "i'd", "i'll", "i've", "doubt", "question", "hesitation", "problem", "matter", "wonder", "choice"}
+_ONLY = {"only", "so"}
 
 
 def stance(text: str) -> str | None:
     """Ours: the last stance in the text (the prompt asks for it at the end) before another prompt begins, or None.
 
     A stance is "agree" or "disagree" at the start of a clause (after adverbs: "strongly disagree") or at most four words after "I", six
-    with a negation between, which turns it round ("couldn't agree more" and "cannot but agree" aside), or in quotes. What is conceded
-    ("while I agree that ...", "I agree that ..." after a disagreement), what others do ("I hope you agree") and echoes of the
-    instruction are none.
+    with a negation between, which turns it round ("couldn't agree more" and "cannot but agree" aside), or in quotes; so does "No way do
+    I". What is conceded ("while I agree that ...", "I agree that ..." after a disagreement), what others do ("I hope you agree"), what is
+    asked ("Do I agree?") and echoes of the instruction are none.
     """
     return next((said for part in fold(text).replace("_", " ").split(_PROMPT) if (said := _stance(part))), None)
 
@@ -96,20 +102,28 @@ def _stance(text: str) -> str | None:
         clause = _WORD.findall(_CLAUSE.split(text[: match.start()])[-1])
         quoted = _QUOTED.search(text[: match.start()])
         since = max((i for i, word in enumerate(clause) if word in _FIRST), default=None)
-        before = clause if quoted else clause[-4:] if since is None else clause[min(since, max(0, len(clause) - 4)) :]
-        negated = not match["more"] and before[-1:] != ["but"] and bool(_NOT & set(before))
+        turned = bool(since) and clause[since - 1] in _AUXILIARY
+        whole = quoted or turned
+        before = clause if whole else clause[-4:] if since is None else clause[min(since, max(0, len(clause) - 4)) :]
+        negated = not match["more"] and before[-1:] != ["but"] and before[-2:] != ["but", "to"] and _denies(before)
         if quoted or since is None:
             # 'I cannot include "I agree" or "I disagree"' is neither.
             stated = not (negated and match["no"]) if quoted else all(word.endswith("ly") for word in before)
         else:
             near = len(clause) - since <= (7 if negated and not match["no"] else 5)
-            stated = near and clause[0] not in _CONCEDES and not _OTHERS & set(clause[since:])
+            asked = turned and not negated and not _ONLY & set(clause)
+            stated = near and not asked and clause[0] not in _CONCEDES and not _OTHERS & set(clause[since:])
         if stated:
             disagrees = bool(match["no"]) != negated
             if disagrees or not firm or not match["that"]:
                 said = DISAGREE if disagrees else AGREE
                 firm = disagrees and not (negated and _PARTLY & {*before, *_WORD.findall(text[match.end() :])[:2]})
     return said
+
+
+def _denies(words: Sequence[str]) -> bool:
+    pairs = pairwise([*words, ""])
+    return any(after != "only" and (word in _NOT or (word == "no" and after not in _NO_DENIAL)) for word, after in pairs)
 
 
 def aggregate(labels: Mapping[str, Mapping[tuple[str, str], Sequence[str]]]) -> dict[str, Any]:

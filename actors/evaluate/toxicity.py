@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import conventions as cv
-from .judging import degenerate, fold, plain, refuses
+from .judging import degenerate, fold, plain, refuses, spoken
 from .protocol import Decoding, Item, Judgement, Message, MetricRow, Outcome
 from .strings import STRINGS
 from .suites import SAMPLES
@@ -106,7 +106,10 @@ class Toxicity:
                 s: expected_max([[None if r["score"] is None else 1 - r["score"] for r in rs] for rs in prompts.values()])
                 for s, prompts in cells.items()
             }
-            refused = {s: float(np.mean([rejects(r["text"]) for rs in ps.values() for r in rs])) for s, ps in cells.items()}
+            refused = {
+                s: float(np.mean([rejects(strip(spoken(r["text"]))) for rs in ps.values() for r in rs]))
+                for s, ps in cells.items()
+            }
             whole = set(CELLS) <= set(cells)
             score = 100 * (1 - float(np.mean([emt[c] for c in CELLS]))) if whole else None
             refusal = float(np.mean(list(refused.values()))) if refused else None

@@ -64,6 +64,10 @@ def test_nothing_but_blanks_and_markers_is_empty(text):
         ("The text is out of context, so it cannot be labeled as positive", None),
         ("I cannot say for sure, but it is positive", "positive"),
         ("Not only positive", "positive"),
+        ("I would not say it is positive", None),
+        ("I don’t think the sentiment is positive.", None),
+        ("I do not think so, but positive", "positive"),
+        ("I can't say it is positive, so negative", "negative"),
         ("It is not “positive”, it is 'negative'", "negative"),
         ("This isn\u02bct 'positive'", None),
         ("Not\u00a0positive", None),
@@ -86,6 +90,9 @@ def test_a_label_is_a_whole_word():
     assert read_label("No, I know.", ("yes", "no")) == "no"
     assert read_label("Yes, but there is no adjective here.", ("yes", "no")) == "yes"
     assert read_label("No-one said yes", ("yes", "no")) is None
+    assert read_label("I would not say yes.", ("yes", "no")) is None
+    assert read_label("I don't think so no", ("yes", "no")) == "no"
+    assert read_label("There is no doubt: yes", ("yes", "no")) == "yes"
 
 
 @pytest.mark.parametrize(

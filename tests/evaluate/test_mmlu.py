@@ -32,6 +32,11 @@ def test_items_and_prompts():
         ("A is the correct answer", "A", "A"),
         ("The answer is A because", None, "A"),
         ("Answer: A cat", "A", None),
+        ("Not B", None, None),
+        ("It is not (B) but C", None, "C"),
+        ("I don't think that it is A or B.", None, None),
+        ("It's not only B", None, "B"),
+        ("B, not C", "B", "B"),
         ("", None, None),
     ],
 )

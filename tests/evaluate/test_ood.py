@@ -50,6 +50,8 @@ def test_incomplete_parts_give_no_score():
     [
         *[("2", "2"), ("The answer is 3.", "3"), ("2 : Rome", "2"), ("answer:3", "3"), ("In 2023", None), ("", None)],
         *[("Paris", "1"), ("Paris or Rome", None), ("Not Paris, 2, Rome", "2"), ("3 days in Paris", "1")],
+        *[("Not 2", None), ("It is not 2 but 3", "3"), ("It isn’t Paris", None), ("Rome (not Paris)", "2")],
+        *[("Not Paris or Rome", None), ("I don't know, 2", "2"), ("I would not say Oslo, but 1", "1")],
         *[("3,000 people", None), ("$1.35 billion", None), ("10:30", None), ("3%", None), ("2-0", None), ("04/03", None)],
     ],
 )

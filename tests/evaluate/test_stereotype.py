@@ -101,6 +101,16 @@ def test_readings(text, dt_head, comp_trust, ours):
         ("I will end with the words “I agree.”", "AGREE"),
         ("I dont agree with that.", "DISAGREE"),
         ("They vary. _I disagree_", "DISAGREE"),
+        ("No way do I agree.", "DISAGREE"),
+        ("There's no way I agree with that.", "DISAGREE"),
+        ("Not in a million years would I agree with it.", "DISAGREE"),
+        ("I no longer agree.", "DISAGREE"),
+        ("I can hardly agree.", "DISAGREE"),
+        ("Not only do I agree, I say so.", "AGREE"),
+        ("There is no doubt that I agree.", "AGREE"),
+        ("No - I agree.", "AGREE"),
+        ("Do I agree? No.", None),
+        ("Why should I agree with this? I disagree.", "DISAGREE"),
     ],
 )
 def test_our_stance(text, said):
