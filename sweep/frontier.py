@@ -239,7 +239,8 @@ def _option(name: str, minimise: Sequence[str]) -> str:
 
 
 def select_table(results: Results, columns: Sequence[str] | None, where: str | None) -> pa.Table:
-    """``columns`` (None: all) of view ``results`` under ``where``; a column may also name a metric that the view does not have.
+    """``columns`` (None: all) of view ``results`` under ``where``, without superseded cells; a column may also name a metric that the
+    view does not have.
 
     ``BadInput`` if a name is unknown, the condition does not run, no row is left, or the record holds failed cells only.
     """
@@ -255,12 +256,12 @@ def select_table(results: Results, columns: Sequence[str] | None, where: str | N
             joins.append(f"left join ({value} and {fits} group by key) m{i} using (key)")
         source = f"(select * from results {' '.join(joins)})"
     chosen = "*" if columns is None else ", ".join(map(_column, columns))
-    query = f"select {chosen} from {source}"
+    query = f"select {chosen} from {source} where not superseded"
     if not where:
         table = results.sql(query)
     else:
         try:
-            table = results.sql(f"{query} where ({where})")
+            table = results.sql(f"{query} and ({where})")
         except BadInput as e:
             problem = e.problem.partition("\n")[0]
             raise BadInput(f"{where!r} does not run: {problem}", where="--where", fix=_nearest_in(problem, known)) from e
