@@ -59,10 +59,8 @@ test-backends: $(VENV)/.test
 schema: $(VENV)/.test
 	$(BIN)/python -c "import json; from comptrust.sweep.config import json_schema; print(json.dumps(json_schema(), indent=1))" > conf/sweep.schema.json
 
-# What an earlier build left in build/lib would go into the wheel too, modules since deleted among it.
 DIST ?= dist
 wheel: | $(VENV)/bin/python
-	rm -rf build/lib
 	$(BIN)/python -m pip wheel -q --no-deps -w $(DIST) .
 
 clean:

@@ -305,6 +305,8 @@ def _in_directory(spec: str, folder: Path, where: str, allow_bin: bool) -> Model
         return ModelRef(spec, "directory", _revision(gguf), gguf[0])
     if gguf:
         names = ", ".join(p.name for p in gguf)
+        if all(re.search(r"-\d{5}-of-\d{5}$", p.stem) for p in gguf):
+            _read_gguf(gguf[0])  # says how to join the parts of one model
         raise BadInput(f"{spec!r} holds {len(gguf)} GGUF files: {names}", where=where, fix="Give the path of one of them")
     if any(p.match("pytorch_model*.bin") for p in files):
         if not allow_bin:

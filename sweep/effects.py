@@ -82,16 +82,17 @@ class Effect:
 
 
 class Effects:
-    """Rows of view ``results`` by key, and the effects of the compressed ones. Build it once and hand it on.
+    """Rows of view ``results`` by key (superseded ones left out), and the effects of the compressed ones. Build it once and hand it on.
 
-    ``pairs``: only these cells, each against the given other one instead of its dense cell.
+    ``pairs``: only these cells, superseded or not, each against the given other one instead of its dense cell.
     """
 
     def __init__(self, results: Results, pairs: Mapping[str, str] | None = None) -> None:
         from .frontier import select
 
         self.results = results
-        self.rows: dict[str, Row] = {r["key"]: r for r in select(results)}
+        rows = select(results) if pairs is None else results.rows("select * from results")
+        self.rows: dict[str, Row] = {r["key"]: r for r in rows}
         self.pairs = pairs
         for row in self.rows.values():
             row["_params"] = json.loads(row["params"] or "{}")

@@ -239,7 +239,8 @@ def _option(name: str, minimise: Sequence[str]) -> str:
 
 
 def select_table(results: Results, columns: Sequence[str] | None, where: str | None) -> pa.Table:
-    """``columns`` (None: all) of view ``results`` under ``where``; a column may also name a metric that the view does not have.
+    """``columns`` (None: all) of view ``results`` under ``where``, without superseded cells; a column may also name a metric that the
+    view does not have.
 
     ``BadInput`` if a name is unknown, the condition does not run, no row is left, or the record holds failed cells only.
     """
@@ -255,12 +256,12 @@ def select_table(results: Results, columns: Sequence[str] | None, where: str | N
             joins.append(f"left join ({value} and {fits} group by key) m{i} using (key)")
         source = f"(select * from results {' '.join(joins)})"
     chosen = "*" if columns is None else ", ".join(map(_column, columns))
-    query = f"select {chosen} from {source}"
+    query = f"select {chosen} from {source} where not superseded"
     if not where:
         table = results.sql(query)
     else:
         try:
-            table = results.sql(f"{query} where ({where})")
+            table = results.sql(f"{query} and ({where})")
         except BadInput as e:
             problem = e.problem.partition("\n")[0]
             raise BadInput(f"{where!r} does not run: {problem}", where="--where", fix=_nearest_in(problem, known)) from e
@@ -467,35 +468,38 @@ def render_frontier(frontier: Frontier, results: Results, console: Console, limi
     names = dict(zip(cells, distinct(list(cells.values()), [label(c) for c in cells.values()]), strict=True))
     found = int(frontier.on_frontier.sum())
     total, complete = len(frontier.keys), int((~np.isnan(frontier.values).any(axis=1)).sum())
-    table = Table(
-        title=f"Frontier: {found} of {total} cells" + (f", the first {limit} by {best}" if found > limit else ""),
-        caption=_caption(frontier, total - complete),
-    )
+    title = f"Frontier: {found} of {total} cells" + (f", the first {limit} by {best}" if found > limit else "")
+    table = Table(title=title, caption=_caption(frontier, total - complete))
     table.add_column("cell", no_wrap=True)
     table.add_column("model", overflow="fold")
     table.add_column("what", no_wrap=True)
-    for name in frontier.objectives:
-        table.add_column(f"{name} {'min' if name in frontier.minimise else 'max'}", justify="right", overflow="fold")
-    if frontier.basis:
-        table.add_column("probability", justify="right", overflow="fold")
+    heads = [f"{name} {'min' if name in frontier.minimise else 'max'}" for name in frontier.objectives]
+    heads += ["probability"] if frontier.basis else []
+    for head in heads:
+        table.add_column(head, justify="right", overflow="fold")
     small = any(r["vs_small_dense"] for r in shown)
     if small:
         table.add_column("vs small dense", overflow="fold")
+    lines = []
     for row in shown:
         cell = cells[row["key"]]
-        line = [
-            row["key"][:8],
-            escape(cell["model"]),
-            escape(names[row["key"]]),
-            *(number(row[n]) for n in frontier.objectives),
-        ]
+        line = [row["key"][:8], cell["model"], names[row["key"]], *(number(row[n]) for n in frontier.objectives)]
         if frontier.basis:
             line.append("-" if row["probability"] is None else f"{row['probability']:.2f}")
         if small:
             v = row["vs_small_dense"]
-            line.append(escape(f"{v['verdict']} ({v['model']})") if v else "")
-        table.add_row(*line)
-    console.print(table)
+            line.append(f"{v['verdict']} ({v['model']})" if v else "")
+        lines.append(line)
+        table.add_row(*map(escape, line))
+    drawn = "".join(s.text for line in console.render_lines(table) for s in line)
+    if all(value in drawn for line in lines for value in line[2 : 3 + len(heads)]):
+        console.print(table)
+    else:  # columns too narrow for their numbers would cut them
+        console.print(title, markup=False)
+        for key, model, what, *values in lines:
+            known = [f"{head} {value}" for head, value in zip([*heads, "vs small dense"], values, strict=False) if value]
+            console.print(f"[bold]{key}[/] {escape(' · '.join([model, what, *known]))}", highlight=False)
+        console.print(table.caption, markup=False)
     if len(frontier.objectives) >= 2 and complete >= 3 and total <= _DETAIL:
         console.print(_scatter(frontier, console.width), markup=False, highlight=False)
 

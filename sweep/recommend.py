@@ -110,7 +110,7 @@ class Recommendation:
     constraints: dict[str, float | None]
     choices: list[Choice]
     rules: list[Rule]
-    warnings: list[str] = field(default_factory=list)  # of the record, if cells are missing, and alarms of ``cell``
+    warnings: list[str] = field(default_factory=list)  # of the record: cells missing or left out; alarms of ``cell``
 
     def to_json(self) -> dict[str, Any]:
         """Stable form; documented in docs/decisions.md."""
@@ -163,7 +163,7 @@ def recommend(
         limits,
         choices,
         rules,
-        [*_unfinished(e), *_warnings(e, best)],
+        [*_unfinished(e), *_superseded(e), *_warnings(e, best)],
     )
 
 
@@ -524,8 +524,17 @@ def _capital(text: str) -> str:
 
 def _unfinished(e: Effects) -> list[str]:
     """Sweeps of the record with cells that are not done: what they will show is not in the answer."""
-    counts = [(s["name"], len(s["keys"]), sum(k not in e.rows for k in s["keys"])) for s in e.results.record.sweeps()]
+    done = {r["key"] for r in e.results.rows("select key from cells")}
+    counts = [(s["name"], len(s["keys"]), sum(k not in done for k in s["keys"])) for s in e.results.record.sweeps()]
     return [f"unfinished: {left} of the {total} cells of sweep {name} are not done" for name, total, left in counts if left]
+
+
+def _superseded(e: Effects) -> list[str]:
+    """What the answer leaves out although it is recorded."""
+    n = e.results.rows("select count(*) as n from results where superseded")[0]["n"]
+    return (
+        [f"left out: {n} cells that were computed anew since (repaired method, or another text of the same name)"] if n else []
+    )
 
 
 def _warnings(e: Effects, best: Choice) -> list[str]:

@@ -40,7 +40,7 @@ def build(results: Results, out_path: str | Path, *, title: str | None = None, *
     ``constraints``: those of ``recommend``, such as ``max_drop`` or ``max_size_gb``.
     ``BadInput`` where there is nothing to show, no place to write, or a constraint makes no sense.
     """
-    rows = sorted(results.rows("select * from results"), key=data.sort_key)
+    rows = sorted(results.rows("select * from results where not superseded"), key=data.sort_key)
     failed = results.rows("select * from failed order by model, method, key")
     if not rows:
         why = f"only {len(failed)} failed cells" if failed else "no finished cell"

@@ -277,13 +277,17 @@ def _wide() -> str:
 
 def _results_view(generations: bool) -> str:
     """A model that the sweep names otherwise by now (moved, ``@revision`` added) is the same by its revision: its later cells bear the
-    name of their dense cell, which was not computed again."""
+    name of their dense cell, which was not computed again. A cell is superseded once its configuration was computed anew, for a
+    repaired method or another text of the same name (as in `effects.configurations`)."""
     wide = _wide() + (" union all by name select * from gen_wide" if generations else "")
     trust = " + ".join(DIMENSIONS)
     valid = " and ".join(f"coalesce({d}_valid, false)" for d in DIMENSIONS)
     drops = ", ".join(f"d.{d} - w.{d}" for d in DIMENSIONS)
     # A dimension that fell silent has no drop to compare; without it the rest would make a collapsed cell look harmless.
     silenced = " or ".join(f"(d.{d} is not null and w.{d} is null and w.{d}_refusal is not null)" for d in DIMENSIONS)
+    names = ("model revision dtype evaluation method bits group_size sparsity pattern params backend template calibration samples seqlen"
+             " seed")  # fmt: skip
+    alike = f"hash({', '.join(f'wide.{name}' for name in names.split())})"
     return f"""
     create or replace view results as
     with written as ({wide}),
@@ -298,13 +302,19 @@ def _results_view(generations: bool) -> str:
     dense as (
       select * from wide where method = 'dense'
       qualify row_number() over (partition by model, revision, dtype, evaluation order by finished_at desc, key) = 1
+    ),
+    newest as (
+      select {alike} as config, max(finished_at) as finished_at from wide where status = 'done'
+      group by all having min(finished_at) < max(finished_at)
     )
     select w.*, ({trust.replace("toxicity", "w.toxicity").replace(" + ", " + w.")}) / {len(DIMENSIONS)} as trust,
       {valid.replace("coalesce(", "coalesce(w.")} as valid,
       case when d.key is null or {silenced} then null else greatest({drops}) end as worst_drop,
-      d.key as dense_key
+      d.key as dense_key,
+      coalesce(w.status = 'done' and w.finished_at < newest.finished_at, false) as superseded
     from wide w left join dense d on d.model = w.model and d.revision is not distinct from w.revision
       and d.dtype is not distinct from w.dtype and d.evaluation is not distinct from w.evaluation
+      left join newest on newest.config = {alike.replace("wide.", "w.")}
     """
 
 

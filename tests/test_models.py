@@ -357,6 +357,8 @@ def test_a_part_of_a_split_gguf_model_is_told_so(part, folder, tmp_path, cache):
     _write_gguf(tmp_path / "whole.gguf", folder, split_max_tensors=8)
     with pytest.raises(BadInput, match=r"gguf is one of \d parts of a model.* Join them: llama-gguf-split"):
         models.resolve(str(next(tmp_path.glob(f"whole-0000{part}-of-*.gguf"))))
+    with pytest.raises(BadInput, match=r"gguf is one of \d parts of a model.* Join them: llama-gguf-split"):
+        models.resolve(str(tmp_path))  # and the folder of them as so many models
 
 
 def test_a_context_that_transformers_does_not_read_from_gguf_is_named():

@@ -92,6 +92,15 @@ def check_tasks(names: Sequence[str]) -> None:
     """``BadInput`` for a task the harness does not have, or that two names stand for."""
     index = TaskManager().task_index  # patterns such as mmlu_* are its command line's alone
     if unknown := [n for n in names if n not in index]:
+        if unknown[0].endswith((".yaml", ".yml")) or "/" in unknown[0]:
+            import lm_eval.tasks
+
+            raise BadInput(
+                f"{unknown[0]!r} is a file; tasks of lm-evaluation-harness are given by name, of those in its own folder",
+                where="evaluation.lm_eval",
+                fix=f"Copy the file to {lm_eval.tasks.__path__[0]} on every machine and give the name in its field `task`; a file "
+                "that changes needs another name, for cells are known by it",
+            )
         raise BadInput(
             f"lm-evaluation-harness has no task {unknown[0]!r}", where="evaluation.lm_eval", fix="See `lm_eval --tasks list`"
         )

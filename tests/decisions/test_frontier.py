@@ -270,6 +270,22 @@ def test_keys_are_strings(small_sheet):
     assert pareto(load_results(small_sheet), ["bits"]).keys.type == pa.string()
 
 
+@pytest.mark.parametrize("width", [200, 80, 40])
+def test_a_narrow_terminal_cuts_no_number(tmp_path, width):
+    """Where the table has no room for them (they were folded, at 40 columns gone) a cell is a line of text."""
+    r = Record(tmp_path)
+    sizes = [123_456_789, 234_567_890, 345_678_901]
+    for bits, size in zip((3, 4, 8), sizes, strict=True):
+        write_cell(
+            r, "gptq", {}, bits=bits, group_size=128, seed=0, size_bytes=size, mmlu=50.125 + bits, perplexity=20.5 - bits
+        )
+    results = load_results(tmp_path)
+    console = Console(file=io.StringIO(), width=width)
+    render_frontier(pareto(results, ["size_bytes", "perplexity", "bits"], ["mmlu"]), results, console)
+    text = " ".join(console.file.getvalue().split())
+    assert all(n in text for n in ("123.5M", "234.6M", "345.7M", "53.1", "58.1", "17.5", "12.5", "gptq 3 g128 s0"))
+
+
 def test_a_model_whose_path_looks_like_markup(tmp_path):
     """Folders may have brackets in their names."""
     r = Record(tmp_path)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 
 import numpy as np
 import pytest
 from comptrust.actors.errors import BadInput
 from comptrust.actors.record import Record
 from comptrust.sweep.claims import claims
+from comptrust.sweep.compare import compare
 from comptrust.sweep.effects import Effects
+from comptrust.sweep.frontier import pareto
 from comptrust.sweep.importer import import_table
 from comptrust.sweep.recommend import evaluation_of, recommend
+from comptrust.sweep.report import build
 from comptrust.sweep.results import load_results
 from comptrust.sweep.statistics import holm_bounds, upper_bound
-from decision_records import answers, sheet, write_cell
+from decision_records import NOW, answers, sheet, write_cell
 
 
 def record(path, n, cells, suite="standard", **dense):
@@ -46,6 +50,20 @@ def test_smallest_qualifying_cell(tmp_path):
     assert status == {eight: "qualifies", four: "qualifies", three: "fails"}
     assert any("--max-drop" in w and "rtn 3" in w for w in choice.would_change)
     assert "-0.0," not in json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_newest_of_cells_computed_anew_counts(tmp_path):
+    """After a repair of the method its earlier cell cannot be made any more: no candidate, and on no frontier."""
+    results, (before, now) = record(
+        tmp_path / "r", 1000, [(cell(4, 3000), 0), (cell(4, 4000, finished_at=NOW + timedelta(days=1)), 10)]
+    )
+    Record(tmp_path / "r").put_json("sweeps/s.json", {"id": "s", "name": "s", "keys": [before, now], "skipped": []})
+    found = recommend(results)
+    assert found.cell == now and [c.key for c in found.choices[0].candidates] == [now]
+    assert found.warnings[0].startswith("left out: 1 cells that were computed anew since")
+    assert before not in pareto(results, "size_bytes", "ethics").keys.to_pylist()
+    assert compare(results, before).key == before
+    assert before not in build(results, tmp_path / "page.html").read_text()
 
 
 def test_the_bound_decides_not_the_point(tmp_path):

@@ -155,6 +155,10 @@ def test_unknown_task():
         check_tasks(["helaswag"])
     with pytest.raises(BadInput, match=r"has no task 'mmlu_\*'"):  # which its Python API does not take
         check_tasks(["mmlu_*"])
+    with pytest.raises(
+        BadInput, match=r"'tasks/mine.yaml' is a file; .* Copy the file to .*lm_eval.tasks on every machine and give"
+    ):
+        check_tasks(["tasks/mine.yaml"])
 
 
 def test_a_task_named_twice():
