@@ -29,6 +29,7 @@ from ..errors import BadInput
 from ..models import rename
 from .artifacts import separate
 from .base import Compressed, StoredLinear
+from .bitsandbytes_ import state_dict
 from .experts import checkpoint_leaves, mixtures, split_experts
 from .structure import decoder_blocks, named_linears
 
@@ -447,7 +448,7 @@ def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
             bnb_4bit_compute_dtype=module.compute_dtype,
             llm_int8_skip_modules=skip,
         )
-    return dict(compressed.model.state_dict()), config.to_dict()
+    return dict(state_dict(compressed.model)), config.to_dict()
 
 
 _WRITERS = {
