@@ -224,6 +224,12 @@ def _fit_compressed_tensors(compressed: Compressed, notes: list[str]) -> dict[st
         raise BadInput(
             "transformers cannot load these layers in several widths or groupings", where="--format", fix="Use dense"
         )
+    for name, s in layers.items():
+        if not s.symmetric and s.bits == 4 and s.shape[0] <= 8 and (s.group_size or s.shape[1]) < s.shape[1]:
+            raise BadInput(
+                f"compressed-tensors 0.20 cannot read 4-bit zero points of 8 outputs or fewer in groups ({name} has {s.shape[0]})",
+                where="--format", fix="Use dense",
+            )  # fmt: skip
     return layers
 
 
