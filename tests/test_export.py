@@ -225,6 +225,20 @@ def test_awq_layout_holds_the_weights(model, tmp_path, symmetric, group):
         assert torch.equal(unpacked, compressed.model.get_submodule(name).weight)
 
 
+def test_zero_points_that_compressed_tensors_cannot_read_are_written_dense(tmp_path):
+    """Groups of so few outputs that their zero points fill one row of words, as in Doge's dt_proj."""
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1, head_dim=8)).eval()
+    for group, symmetric, format in ((8, False, "dense"), (None, False, "compressed-tensors"), (8, True, "compressed-tensors")):
+        params = {"group_size": group, "symmetric": symmetric}
+        compressed, folder = compress(model, "rtn", params), tmp_path / f"{group}-{symmetric}"
+        assert export(compressed, None, folder).format == format
+        again = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        torch.testing.assert_close(logits(again), logits(compressed.model), rtol=0, atol=1e-5)
+    with pytest.raises(BadInput, match="k_proj has 8"):
+        check_format("compressed-tensors", "rtn", {"group_size": 8, "symmetric": False}, model.config)
+
+
 def test_awq_codes_are_packed_where_they_lie():
     assert _pack_awq(torch.zeros(4, 16, dtype=torch.int64, device="meta")).shape == (4, 2)
 

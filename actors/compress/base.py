@@ -287,7 +287,8 @@ def packed_bytes(shape: tuple[int, int], *, bits: float, pattern: str | None, no
     """
     O, I = shape
     wide = math.ceil(I / 32) * 32  # rows are padded to whole words
-    dense = O * math.ceil(I * bits / 32) * 4 if quantised else math.ceil(O * I * bits / 8)
+    # 3 bits lie in two planes, of 2 and 1: rows end with a whole word of the narrow one
+    dense = O * math.ceil((wide if bits == 3 else I) * bits / 32) * 4 if quantised else math.ceil(O * I * bits / 8)
     if pattern in ("1:2", "2:4") and (bits == 4 or not quantised):
         return math.ceil(O * wide / 2 * bits / 8) + O * wide // 8
     if pattern is None or quantised:

@@ -109,6 +109,16 @@ def stored(name: str, module: Any, config: MethodConfig) -> StoredLinear:
     return StoredLinear(name, shape, 4, group_size=state.blocksize, format=state.quant_type, size_bytes=size)
 
 
+def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """``module.state_dict()``. For a layer that has run on a CPU with AVX512-BF16 bitsandbytes 0.50 alone gives its scales in the order of
+    that CPU's layout, and leaves them so in the layer."""
+    for layer in module.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False) and not state.original_nested:
+            state.absmax = state.absmax.T.reshape(-1).float()
+    return module.state_dict()
+
+
 def weight_error(dense_OI: torch.Tensor, module: Any) -> float:
     """||W - W'||_F / ||W||_F of the weights bitsandbytes stores."""
     import bitsandbytes.functional as F

@@ -29,6 +29,7 @@ from ..errors import BadInput
 from ..models import rename
 from .artifacts import separate
 from .base import Compressed, StoredLinear
+from .bitsandbytes_ import state_dict
 from .experts import checkpoint_leaves, mixtures, split_experts
 from .structure import decoder_blocks, named_linears
 
@@ -223,6 +224,12 @@ def _fit_compressed_tensors(compressed: Compressed, notes: list[str]) -> dict[st
         raise BadInput(
             "transformers cannot load these layers in several widths or groupings", where="--format", fix="Use dense"
         )
+    for name, s in layers.items():
+        if not s.symmetric and s.bits == 4 and s.shape[0] <= 8 and (s.group_size or s.shape[1]) < s.shape[1]:
+            raise BadInput(
+                f"compressed-tensors 0.20 cannot read 4-bit zero points of 8 outputs or fewer in groups ({name} has {s.shape[0]})",
+                where="--format", fix="Use dense",
+            )  # fmt: skip
     return layers
 
 
@@ -447,7 +454,7 @@ def _bitsandbytes(compressed: Compressed, notes: list[str]) -> _Written:
             bnb_4bit_compute_dtype=module.compute_dtype,
             llm_int8_skip_modules=skip,
         )
-    return dict(compressed.model.state_dict()), config.to_dict()
+    return dict(state_dict(compressed.model)), config.to_dict()
 
 
 _WRITERS = {

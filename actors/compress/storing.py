@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Compressed, MethodConfig, PruningConfig, Solution, StoredLinear, element_bytes, packed_bytes, zero_bytes
+from .bitsandbytes_ import state_dict
 from .grid import half_exact
 from .structure import Fold, apply_fold, producer_scale
 
@@ -119,7 +120,7 @@ def whole_model(model: nn.Module) -> tuple[int, int]:
         weight = getattr(module, "weight", None)
         if hasattr(module, "in_features") and (weight is None or weight.element_size() < 2):
             counted = [p for name, p in module.named_parameters(recurse=False) if name != "bias"]
-            size += sum(element_bytes(t) for name, t in module.state_dict().items() if name != "bias")
+            size += sum(element_bytes(t) for name, t in state_dict(module).items() if name != "bias")
             size -= sum(element_bytes(p) for p in counted)
             count += module.in_features * module.out_features - sum(p.numel() for p in counted)
     return size, count

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 from comptrust.actors.compress import compress, incompatible
+from comptrust.actors.compress.export import export
+from comptrust.actors.compress.storing import whole_model
 from comptrust.actors.errors import BadInput
+from safetensors.torch import load_file
 from small_models import make_llama
 
 
@@ -101,3 +104,21 @@ def test_rows_that_fill_no_tile_of_32_run_on_every_cpu(tokens, params):
         seen = done.model.get_submodule(row["layer"])(torch.eye(W.shape[1])).T
         assert torch.isfinite(done.model(tokens).logits).all()
     assert row["error"] == pytest.approx(float((W - seen).norm() / W.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("ask", ["export", "bytes of a model that came so"])
+def test_scales_of_a_layer_that_ran_stay_in_order(tmp_path, ask):
+    """bitsandbytes 0.50 rearranges a layer as it runs on a CPU with AVX512-BF16, and not its scales back as the layer is saved."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as rearrange
+
+    done = compress(make_llama(layers=1), "nf4", {})
+    layer = done.model.model.layers[0].mlp.down_proj  # three blocks a row
+    codes, scales = layer.weight.data.clone(), layer.weight.quant_state.absmax.bfloat16().float()
+    layer.weight.data, _ = rearrange(layer.weight.data, layer.weight.quant_state)
+    if ask == "export":
+        export(done, None, tmp_path / "out")
+        saved = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(saved["model.layers.0.mlp.down_proj.weight.absmax"], scales)
+    else:
+        whole_model(done.model)
+    assert torch.equal(layer.weight.data, codes) and torch.equal(layer.weight.quant_state.absmax, scales)

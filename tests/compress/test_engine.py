@@ -101,7 +101,7 @@ def test_sizes_are_those_of_the_packed_form_at_any_width(widths):
         done = compress(model, "magnitude", params)
         for name, stored in done.stored.items():
             assert stored.size_bytes == packed_bytes(pack(done.model.get_submodule(name).weight, form)), (name, form)
-    for bits in (4, 8):
+    for bits in (3, 4, 8):
         done = compress(model, "rtn", {"bits": bits, "group_size": None})
         for name, stored in done.stored.items():
             packed = pack(done.model.get_submodule(name).weight, f"int{bits}", scale=stored.scale)
