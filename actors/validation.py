@@ -44,6 +44,8 @@ def _shape(model: type[BaseModel], err: Any) -> tuple[str, str] | None:
     given = err.get("input")
     if given == []:
         return "an empty list leaves no cell", "Give values, or leave it out."
+    if given is None and err["type"] != "missing":
+        return "is empty", "Give a value, or leave it out."
     shown = given if isinstance(given, str) else json.dumps(given, default=str)
     if err["type"] in ("tuple_type", "list_type"):
         return f"{given!r} is no list", f"Write [{shown}]."

@@ -236,9 +236,8 @@ def load_config(sweep: str | Path | dict[str, Any], overrides: tuple[str, ...] |
             )
         _plain(data := parse_yaml(text, where), where, default=str)
     if not isinstance(data, dict):
-        raise BadInput(
-            f"a sweep is a mapping, this is {type(data).__name__}", where=where, fix="Start from `comptrust plan quickstart`."
-        )
+        what = "is empty" if data is None else f"a sweep is a mapping, this is {type(data).__name__}"
+        raise BadInput(what, where=where, fix="Write `models: [MODEL]` and `methods: [{method: rtn, bits: 4}]` to begin with.")
     for text in overrides:
         override(data, text)
     return validate(SweepConfig, data)

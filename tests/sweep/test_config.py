@@ -62,6 +62,8 @@ def test_yaml_is_1_2():
         ("name=a b", r"name: "),
         ("methods.9.bits=3", r"--set methods.9: '9' is no index"),
         ("nonsense", r"--set: 'nonsense' is no override"),
+        ("methods=", r"^methods: is empty. Give a value, or leave it out"),
+        ("evaluation=", r"^evaluation: is empty. Give a value, or leave it out"),
         ("models=./tiny", r"models: './tiny' is no list. Write \[./tiny\]"),
         ("methods=[rtn]", r"methods\[0\]: 'rtn' is no mapping. Write {method: rtn}"),
         ("methods={method: rtn}", r"methods: {'method': 'rtn'} is no list. Write \[{\"method\": \"rtn\"}\]"),
