@@ -253,7 +253,7 @@ def rename(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, savin
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    from .compress.experts import as_in_checkpoints
+    from .compress.experts import as_in_checkpoints, as_in_model
 
     found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c) is WeightRenaming]
     steps = [c.reverse_transform() for c in reversed(found)] if saving else found
@@ -262,7 +262,7 @@ def rename(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, savin
         for step in steps:
             name, _ = step.rename_source_key(name)
         out[name] = tensor
-    return out
+    return out if saving else as_in_model(model, out)
 
 
 def save_weights(model: torch.nn.Module, folder: Path) -> None:

@@ -225,3 +225,23 @@ def as_in_checkpoints(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
             e, leaf, kind = key.removeprefix(f"{name}.").split(".", 2)
             out[f"{name}.{e}.{leaves[leaf]}.{kind}"] = out.pop(key)
     return out
+
+
+def as_in_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back from `as_in_checkpoints`: ``tensors`` of split experts under the names of ``model``."""
+    out = dict(tensors)
+    leaves = {theirs: ours for ours, theirs in checkpoint_leaves(model).items()} if (found := mixtures(model)) else {}
+    for name, mixture in found.items():
+        for key in [key for key in out if key.startswith(f"{name}.")]:
+            e, _, rest = key.removeprefix(f"{name}.").partition(".")
+            leaf, _, kind = rest.partition(".")
+            if leaf in leaves:
+                out[f"{name}.{e}.{leaves[leaf]}.{kind}"] = out.pop(key)
+        if f"{name}.gate_up_proj" in out:
+            gates, ups = out.pop(f"{name}.gate_up_proj").chunk(2, 1)
+            for leaf, whole in (("gate_proj", gates), ("up_proj", ups)):
+                out |= {f"{name}.{e}.{leaf}.weight": whole[e] for e in range(mixture.num_experts)}
+        if f"{name}.down_proj" in out:
+            whole = out.pop(f"{name}.down_proj")
+            out |= {f"{name}.{e}.down_proj.weight": whole[e] for e in range(mixture.num_experts)}
+    return out

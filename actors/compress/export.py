@@ -145,8 +145,13 @@ def export(
             fix="Copy its own checkpoint: that is what was measured",
         )
     notes: list[str] = []
-    format = _choose(compressed, notes) if format == "auto" else format
-    tensors, quantization = _WRITERS[format](compressed, notes)
+    asked, format = format, _choose(compressed, notes) if format == "auto" else format
+    try:
+        tensors, quantization = _WRITERS[format](compressed, notes)
+    except BadInput as error:
+        if asked != "auto":
+            raise
+        raise BadInput(error.problem, where=error.where, fix="Take another method") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:

@@ -12,6 +12,7 @@ from comptrust.actors import models
 from comptrust.actors.compress import artifacts, backends, check, compress, compress_many, gblm, incompatible
 from comptrust.actors.compress.experts import all_tokens, has_fused, joined, mixtures, split_experts
 from comptrust.actors.compress.export import check_format, export
+from comptrust.actors.compress.reading import read_checkpoint
 from comptrust.actors.compress.structure import clone, decoder_blocks, named_linears
 from comptrust.actors.errors import BadInput
 from safetensors.torch import load_file
@@ -248,6 +249,30 @@ def test_exported_experts_load_under_the_names_of_their_architecture(tmp_path, t
     back = AutoModelForCausalLM.from_pretrained(exported.path).eval()
     with torch.inference_mode():
         torch.testing.assert_close(back(tokens).logits, done.model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_an_exported_mixture_reads_back(tmp_path, kind):
+    dense = split_experts(mixture(kind))
+    for method, params, pattern in [
+        ("rtn", {"bits": 4, "group_size": 16}, None),
+        ("magnitude", {"sparsity": 0.5}, "unstructured"),
+    ]:
+        if (kind, method) == ("granitemoe", "rtn"):
+            continue  # written dense: no codes to read
+        done = compress(dense, method, params)
+        back = read_checkpoint(export(done, None, tmp_path / method).path, dense, pattern=pattern)
+        assert back.stored.keys() == done.stored.keys()
+        assert all(torch.equal(a, b) for a, b in zip(back.model.parameters(), done.model.parameters(), strict=True))
+
+
+def test_auto_does_not_advise_auto(tmp_path, tokens):
+    model = mixture("qwen3_moe", moe_intermediate_size=64)
+    for method in ("smoothquant", "nf4", "llm_int8"):
+        done = compress(model, method, {}, tokens)
+        with pytest.raises(BadInput) as refused:
+            export(done, None, tmp_path / method)
+        assert refused.value.fix == "Take another method"
 
 
 def test_a_loaded_mixture_is_split(tmp_path):
