@@ -42,6 +42,7 @@ from .structure import (
 #: Calibration activations of one block held at once; a constant, so that a rerun on the same machine splits the same way.
 CPU_BUDGET = 4 * 2**30
 GPU_SHARE = 0.4
+HESSIANS = 2 * 2**30  # bytes of the 4 I^2 each that experts take whose inputs are gathered together; one expert at least
 #: What decides which statistics a set of linears can share: their names and the token clip.
 Key = tuple[frozenset[str], float | None]
 
@@ -352,13 +353,14 @@ class BlockPass:
         self.solve(k, accumulators)
 
     def stages(self) -> list[list[int]]:
-        """Groups by turns: the last layers of a mixture's experts, which do not wait for each other, together; else one."""
+        """Groups by turns: the last layers of a mixture's experts, which do not wait for one another, up to HESSIANS; else one."""
         stages: list[list[int]] = []
         before, inside = None, [f"{name}." for name in mixtures(self.block)]
         for k, group in enumerate(self.groups):
             first = group.linears[0]
             mixture = next((m for m in inside if first.startswith(m) and first.endswith(".down_proj")), None)
-            if mixture is not None and mixture == before:
+            most = HESSIANS // (4 * self.block.get_submodule(first).in_features ** 2)
+            if mixture is not None and mixture == before and len(stages[-1]) < most:
                 stages[-1].append(k)
             else:
                 stages.append([k])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comptrust.actors import models
-from comptrust.actors.compress import artifacts, backends, check, compress, compress_many, gblm, incompatible
+from comptrust.actors.compress import artifacts, backends, check, compress, compress_many, engine, gblm, incompatible
 from comptrust.actors.compress.experts import all_tokens, has_fused, joined, mixtures, split_experts
 from comptrust.actors.compress.export import check_format, export
 from comptrust.actors.compress.reading import read_checkpoint
@@ -207,6 +207,28 @@ def test_chunks_give_what_one_batch_gives(tokens):
     assert np.mean(same) > 0.8  # the order of sums may turn a tie
     for a, b in zip(whole.layers, pieces.layers, strict=True):
         assert a["layer"] == b["layer"] and b["error"] == pytest.approx(a["error"], rel=0.25)  # other signs in the sketch
+
+
+def test_the_hessians_of_experts_gathered_together_have_a_limit(tokens, monkeypatch):
+    model, params = mixture("qwen3_moe"), {"bits": 4, "group_size": 16}
+    passes = []
+    forward = engine.BlockPass.forward
+    monkeypatch.setattr(
+        engine.BlockPass, "forward", lambda self, i, at, *a, **k: passes.append(len(at)) or forward(self, i, at, *a, **k)
+    )
+
+    def run():
+        passes.clear()
+        return compress_many(model, [("gptq", params)], tokens, chunk_tokens=48)[0].model, max(passes)
+
+    (all_at_once, most), two = run(), 2 * 4 * 32**2
+    assert most == 6
+    monkeypatch.setattr(engine, "HESSIANS", two)
+    by_twos, most = run()
+    assert most == 2
+    assert all(torch.equal(a, b) for a, b in zip(all_at_once.parameters(), by_twos.parameters(), strict=True))
+    monkeypatch.setattr(engine, "HESSIANS", 0)
+    assert run()[1] == 1
 
 
 def test_an_artefact_gives_the_same_model_again(tokens):
