@@ -6,6 +6,9 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from comptrust.actors.compress.experts import mixtures, split_experts
+from comptrust.actors.cost import speed
 from comptrust.actors.errors import BadInput, CellError
 from comptrust.actors.evaluate import TASKS, rejudge
 from comptrust.actors.evaluate.config import EvaluationConfig
@@ -202,6 +205,28 @@ def test_every_task_runs(tiny_model, tokenizer):
     assert {r["dimension"] for r in result.items} >= set(names)
     assert {m.dimension for m in result.metrics} >= set(names)
     assert result.stats["prefill_tokens"] > 0 and result.stats["truncated"] == 0
+
+
+def test_a_mixture_answers_with_all_experts_of_a_layer_in_one_call(tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    shape = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=len(tokenizer), num_experts=6, num_experts_per_tok=2, pad_token_id=0, **sizes
+    )
+    model = split_experts(AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False))
+    alone, calls = [], []
+    for experts in mixtures(model).values():
+        experts.fused.register_forward_hook(lambda *_: calls.append(1))
+        for name in ("0.down_proj", "5.down_proj"):
+            experts.get_submodule(name).register_forward_hook(lambda *_: alone.append(1))
+    evaluate(model, tokenizer, plan(dimensions=("ethics",)), dense=True)
+    answered = len(calls)
+    assert answered > 2 and not alone
+    speed(model)
+    assert len(calls) > answered and not alone
+    model(torch.tensor([[1, 2, 3] * 20]))
+    assert alone
 
 
 def test_cut_prompts_are_counted_aloud(tiny_model, tokenizer, monkeypatch, caplog):
