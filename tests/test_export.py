@@ -275,6 +275,17 @@ def test_the_card_names_the_cell_and_what_was_measured(model, tmp_path):
     assert "mmlu" not in text
 
 
+def test_globs_on_the_card_keep_their_stars(model):
+    """Between two of them Markdown saw italics."""
+    from markdown_it import MarkdownIt
+
+    params = check("rtn", {"group_size": 32, "skip": ["*.0.mlp.*"], "overrides": {"*.self_attn.*": {"bits": 8}}})
+    cell = Cell(model="org/name", revision="r", method="rtn", params=params)
+    measured = {"params": json.dumps(dict(params))}
+    page = MarkdownIt().enable("table").render(card(compress(model, "rtn", params), "dense", [], cell, measured))
+    assert page.count("*.0.mlp.*") == page.count("*.self_attn.*") == 2
+
+
 def test_generation_settings_that_transformers_would_not_save_are_kept(tmp_path):
     """Vicuna's: a temperature without sampling. They load with a warning, and saving raised after all the work."""
     model = tiny()

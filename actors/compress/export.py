@@ -636,7 +636,7 @@ def card(compressed: Compressed, format: str, notes: list[str], cell: Cell | Non
     facts["bits per weight of the compressed layers"] = round(compressed.bits_per_weight, 3)
     if compressed.sparsity_reached is not None:
         facts["sparsity reached"] = round(compressed.sparsity_reached, 4)
-    lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]
+    lines += ["| | |", "|---|---|", *(f"| {k} | {_text(v)} |" for k, v in facts.items()), ""]
     if measured:
         lines += ["## Measured", "", "| column | value |", "|---|---|"]
         lines += [f"| {k} | {_number(v)} |" for k, v in measured.items() if v is not None]
@@ -653,4 +653,9 @@ def card(compressed: Compressed, format: str, notes: list[str], cell: Cell | Non
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    """JSON as code: in plain text the stars of two globs make italics and are gone."""
+    return f"`{value}`" if isinstance(value, str) and value.startswith("{") else str(value)
