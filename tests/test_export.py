@@ -297,6 +297,25 @@ def test_generation_settings_that_transformers_would_not_save_are_kept(tmp_path)
         assert (kept.temperature, kept.top_p) == (0.9, 0.6)
 
 
+def test_code_beside_the_original_is_not_asked_for(model, tmp_path):
+    """Phi-3's ``auto_map``: with ``trust_remote_code=True`` the checkpoint could not be loaded, for that code is not in it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    model.save_pretrained(tmp_path / "model")
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b").save_pretrained(tmp_path / "model")
+    for name, kind in (("config", "AutoConfig"), ("tokenizer_config", "AutoTokenizer")):
+        file = tmp_path / "model" / f"{name}.json"
+        own = ["own.Own", None] if kind == "AutoTokenizer" else "own.Own"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {kind: own}}))
+    read, tokenizer = models.load(models.resolve(str(tmp_path / "model")))
+    out = export(compress(read, "rtn", {"group_size": 32}), tokenizer, tmp_path / "out").path
+    assert AutoConfig.from_pretrained(out, trust_remote_code=True).model_type == "llama"
+    assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)("b").input_ids == [1]
+
+
 def test_only_a_hub_id_is_named_as_the_base_model(model, tmp_path):
     (tmp_path / "org").mkdir()
     model.save_pretrained(tmp_path / "org" / "name")

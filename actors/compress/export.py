@@ -165,6 +165,7 @@ def export(
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+            _without_code(temporary / "tokenizer_config.json")
         (temporary / "README.md").write_text(card(compressed, format, notes, cell, measured), encoding="utf-8")
         temporary.chmod(0o755)
         for file in (f for f in temporary.rglob("*") if f.is_file()):
@@ -543,6 +544,7 @@ def _save(model: Any, tensors: Mapping[str, Tensor], quantization: dict[str, Any
     config["dtype"] = str(_dtype(model)).removeprefix("torch.")
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
+    config.pop("auto_map", None)  # code beside the original, which was not run and is not here
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
@@ -551,6 +553,13 @@ def _save(model: Any, tensors: Mapping[str, Tensor], quantization: dict[str, Any
     tied = list(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = separate(rename(model, {n: t.detach() for n, t in tensors.items() if n not in tied}, saving=True))
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+
+
+def _without_code(file: Path) -> None:
+    """A tokenizer's settings without code of its own, as in the configuration."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.pop("auto_map", None):
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- our packed form ---------------------------------------------------------------------------------------------------------
