@@ -316,6 +316,19 @@ def test_code_beside_the_original_is_not_asked_for(model, tmp_path):
     assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)("b").input_ids == [1]
 
 
+def test_a_model_with_eyes_says_what_is_missing(tmp_path):
+    """AutoProcessor and vLLM want the file, and the folder of such a model is without."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 256, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    for made, said in ((AutoModelForCausalLM.from_config(config), True), (tiny(), False)):
+        done = export(compress(made, "dense", {}), None, tmp_path / str(said))
+        assert any("preprocessor_config.json" in note for note in done.notes) == said
+        assert "of the compressed layers" not in (done.path / "README.md").read_text()  # there are none
+
+
 def test_only_a_hub_id_is_named_as_the_base_model(model, tmp_path):
     (tmp_path / "org").mkdir()
     model.save_pretrained(tmp_path / "org" / "name")

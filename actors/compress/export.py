@@ -31,7 +31,7 @@ from .artifacts import separate
 from .base import Compressed, StoredLinear
 from .bitsandbytes_ import state_dict
 from .experts import checkpoint_leaves, mixtures, split_experts
-from .structure import decoder_blocks, named_linears
+from .structure import decoder_blocks, named_linears, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,6 +152,11 @@ def export(
         if asked != "auto":
             raise
         raise BadInput(error.problem, where=error.where, fix="Take another method") from error
+    if text_config(compressed.model) is not compressed.model.config:
+        notes.append(
+            "This model reads more than text, and the processor of that is not here: copy the original's preprocessor_config.json "
+            "and processor_config.json beside the weights."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -642,7 +647,7 @@ def card(compressed: Compressed, format: str, notes: list[str], cell: Cell | Non
             "chat template digest": cell.template or "none",
         }
     facts["size as counted by comptrust (bytes)"] = compressed.size_bytes
-    facts["bits per weight of the compressed layers"] = round(compressed.bits_per_weight, 3)
+    facts["bits per weight" + " of the compressed layers" * bool(compressed.stored)] = round(compressed.bits_per_weight, 3)
     if compressed.sparsity_reached is not None:
         facts["sparsity reached"] = round(compressed.sparsity_reached, 4)
     lines += ["| | |", "|---|---|", *(f"| {k} | {_text(v)} |" for k, v in facts.items()), ""]
