@@ -54,7 +54,8 @@ def compress(
     ``calibration`` is the block of a sweep; samples and seqlen it leaves out are those of `default_size`.
     Returns ``model`` (the compressed torch module, tensors it shares with the dense one included; in host memory but for
     bitsandbytes' methods and GBLM, which take the model whole on a GPU), ``tokenizer``, ``layers``,
-    ``size_bytes``, ``bits_per_weight``, ``sparsity_reached``, ``seconds``, ``calibration_digest``. Raises ``BadInput`` for a value no
+    ``size_bytes``, ``bits_per_weight``, ``sparsity_reached``, ``seconds``, ``calibration_digest``, and ``checkpoint`` (what
+    ``export`` says of the folder; None without ``output``). Raises ``BadInput`` for a value no
     method accepts, an impossible combination, a missing model or too little calibration text, before weights are read.
     """
     from . import compress as methods
@@ -106,6 +107,7 @@ def compress(
         done = backends.run_backend(backend, method, filled, ref=ref, dense=dense, tokens=tokens, progress=progress)
     else:
         done = methods.compress(dense, method, filled, tokens, device=_device(), progress=progress)
+    checkpoint = None
     if output is not None:
         from .compress.export import export
 
@@ -114,7 +116,7 @@ def compress(
             backend=backend if foreign else known.backend, template=models.template_digest(tokenizer),
             calibration=spec.model_dump(mode="json") if digest else None, calibration_digest=digest,
         )  # fmt: skip
-        export(done, tokenizer, output, format=format, cell=cell)
+        checkpoint = export(done, tokenizer, output, format=format, cell=cell)
     return {
         "model": done.model,
         "tokenizer": tokenizer,
@@ -124,6 +126,7 @@ def compress(
         "sparsity_reached": done.sparsity_reached,
         "seconds": done.seconds,
         "calibration_digest": digest,
+        "checkpoint": checkpoint,
     }
 
 

@@ -342,7 +342,8 @@ def compress(
         model, method, params, output,
         calibration=spec, backend=backend, format=format, dtype=dtype, progress=_progress_line(),
     )  # fmt: skip
-    print(f"{done['bits_per_weight']:.2f} bits/weight, {done['size_bytes'] / 1e6:.0f} MB, {done['seconds']:.0f} s: {output}")
+    print(f"{done['bits_per_weight']:.2f} bits/weight, {done['size_bytes'] / 1e6:.0f} MB, {done['seconds']:.0f} s")
+    print(done["checkpoint"])
 
 
 @app.command()

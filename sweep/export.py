@@ -77,4 +77,4 @@ def export_cell(
         raise worker.error
     assert worker.prepared is not None
     done = export(worker.prepared[1], worker.tokenizer, output, format=format, cell=cell, measured=row)
-    return "\n".join([f"{done.path}: {done.format}, {done.size_bytes / 1e6:.0f} MB", *done.notes])
+    return str(done)

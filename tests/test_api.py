@@ -128,6 +128,17 @@ def test_null_is_a_value_that_an_option_can_set(folder, tmp_path):
     assert '"group_size": null' in card and '"token_clip": null' in card
 
 
+def test_what_the_checkpoint_became_is_said(folder, tmp_path, capsys):
+    """Full-size dense weights were announced by the bits of their codes alone."""
+    app(
+        ["compress", str(folder / "dense"), "--method", "magnitude", "--pattern", "2:4", "-o", str(tmp_path / "out")],
+        standalone_mode=False,
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert f"{tmp_path / 'out'}: dense, {size / 1e6:.0f} MB" in said and "Pruned weights are stored as zeros" in said
+
+
 def test_parameters_are_names_and_values(folder):
     with pytest.raises(BadInput, match="params: 'bits=4' is no mapping"):
         comptrust.compress(str(folder / "dense"), "rtn", "bits=4")

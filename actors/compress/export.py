@@ -55,6 +55,9 @@ class Exported(NamedTuple):
     size_bytes: int  # of the weights as written
     notes: list[str]  # what a user of the checkpoint should know
 
+    def __str__(self) -> str:
+        return "\n".join([f"{self.path}: {self.format}, {self.size_bytes / 1e6:.0f} MB", *self.notes])
+
 
 def check_output(out_dir: Path | str) -> Path:
     """BadInput if there is something in ``out_dir``, or it cannot be made; ask before the long work."""
