@@ -359,7 +359,8 @@ class BlockPass:
         for k, group in enumerate(self.groups):
             first = group.linears[0]
             mixture = next((m for m in inside if first.startswith(m) and first.endswith(".down_proj")), None)
-            most = HESSIANS // (4 * self.block.get_submodule(first).in_features ** 2)
+            linear: Any = self.block.get_submodule(first)
+            most = HESSIANS // (4 * linear.in_features**2)
             if mixture is not None and mixture == before and len(stages[-1]) < most:
                 stages[-1].append(k)
             else:
