@@ -9,7 +9,7 @@ import torch
 from comptrust.actors.compress.experts import split_experts
 from comptrust.actors.compress.structure import clone
 from comptrust.actors.errors import BadInput, CellError
-from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, _likelihood, noise
+from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, _likelihood, cannot_answer, noise
 from comptrust.actors.evaluate.packing import packs
 from comptrust.actors.evaluate.protocol import Decoding, Message
 from comptrust.actors.evaluate.template import check_template, encode, plain
@@ -306,12 +306,29 @@ def test_long_rope_is_asked_within_its_first_frequencies():
         assert answer.tokens == tuple(expected[0, ids.shape[1] :].tolist())[: len(answer.tokens)]
 
 
-def test_a_model_that_keeps_no_keys_and_values_is_refused():
+def test_a_model_that_keeps_no_keys_and_values_is_refused(monkeypatch):
     import transformers as t
 
     model = t.RwkvForCausalLM(t.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
     with pytest.raises(CellError, match="rwkv keeps no keys and values"):
+        Generator(model, Numbers())
+    monkeypatch.setattr(model.config, "model_type", "another")
+    with pytest.raises(CellError, match="another keeps no keys and values"):
         Generator(model, Numbers()).generate(prompts(), Decoding(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("OpenAIGPT", "openai-gpt keeps no keys and values"),
+        ("xLSTM", "xlstm keeps no keys and values"),
+        ("Mllama", "mllama_text_model has layers that attend to images"),
+    ],
+)
+def test_models_without_keys_and_values_of_text_are_refused_before_they_are_loaded(kind, why):
+    import transformers as t
+
+    assert cannot_answer(getattr(t, f"{kind}Config")().get_text_config()).startswith(why)
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "Mpt", "GPTNeo", "Falcon"])
