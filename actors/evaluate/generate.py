@@ -122,12 +122,11 @@ class Generator:
         self.stats = Stats()
         self.limit = _context(self.config)
         self.ends = _end_tokens(model, tokenizer)
-        self._layer_types = set(getattr(self.config, "layer_types", None) or ())
+        self._layer_types = set(_setting(self.config, "layer_types") or ())
         if why := cannot_answer(self.config):
             raise CellError(why)
-        self._window = (
-            getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
-        )
+        windowed = self._layer_types or _setting(self.config, "sliding_window")
+        self._window = self.config.sliding_window if windowed and _setting(self.config, "use_sliding_window", True) else None
         self.progress: Callable[[int], None] = lambda done: None
 
     # -- answers ------------------------------------------------------------------------------------------------------
@@ -400,6 +399,13 @@ def cannot_answer(config: Any) -> str | None:
     if config.model_type in _OWN_POSITIONS or getattr(config, "alibi", False):
         return f"{config.model_type} tells positions by the place of keys in memory, which this engine moves"
     return None
+
+
+def _setting(config: Any, name: str, default: Any = None) -> Any:
+    """What ``config`` says of ``name``, if its architecture knows that: a Llama made of a Qwen may keep Qwen's windows in its config.json,
+    and transformers passes over them."""
+    known = hasattr(type(config), name) or name in type(config).attribute_map
+    return getattr(config, name, default) if known else default
 
 
 def _context(config: Any) -> int | None:

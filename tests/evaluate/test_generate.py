@@ -284,6 +284,29 @@ def test_long_prompts_lose_their_beginning():
         generator.generate([Prompt("x", (8,))], Decoding(256))
 
 
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("Llama", {"sliding_window": 8}),
+        ("Llama", {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}),
+        ("Mistral", {"sliding_window": 8, "use_sliding_window": False}),
+        ("Mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_settings_of_another_architecture_change_nothing(kind, left):
+    """What config.json keeps of the model that this one was made of; transformers passes over it."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    model = sharpen(getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(**SHAPE, **left)))
+    pairs = [(p.tokens, (9, 10)) for p in prompts()]
+    for (context, end), result in zip(pairs, Generator(model).score(pairs), strict=True):
+        with torch.no_grad():
+            logits_KV = model(torch.tensor([context + end]), use_cache=False).logits[0, len(context) - 1 : -1]
+        expected = logits_KV.log_softmax(-1).gather(1, torch.tensor(end)[:, None]).sum()
+        assert result.logprob == pytest.approx(float(expected), abs=2e-4)
+
+
 def test_long_rope_is_asked_within_its_first_frequencies():
     """A sequence beyond them changes the frequencies of all that is computed beside it, and of the keys it shares with others."""
     import transformers as t
