@@ -126,7 +126,8 @@ class Generator:
         if why := cannot_answer(self.config):
             raise CellError(why)
         windowed = self._layer_types or _setting(self.config, "sliding_window")
-        self._window = self.config.sliding_window if windowed and _setting(self.config, "use_sliding_window", True) else None
+        windowed = windowed and _setting(self.config, "use_sliding_window", True)
+        self._window = getattr(self.config, "sliding_window", None) if windowed else None
         self.progress: Callable[[int], None] = lambda done: None
 
     # -- answers ------------------------------------------------------------------------------------------------------

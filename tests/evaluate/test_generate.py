@@ -307,6 +307,15 @@ def test_settings_of_another_architecture_change_nothing(kind, left):
         assert result.logprob == pytest.approx(float(expected), abs=2e-4)
 
 
+def test_layers_of_kinds_need_no_windows():
+    """LFM2 names the kinds of its layers and has no setting of windows at all."""
+    import transformers as t
+
+    model = t.Lfm2ForCausalLM(t.Lfm2Config(**SHAPE, layer_types=["full_attention"] * 2))
+    assert not hasattr(model.config, "sliding_window")
+    assert Generator(model).score([((8, 9), (10,))])
+
+
 def test_long_rope_is_asked_within_its_first_frequencies():
     """A sequence beyond them changes the frequencies of all that is computed beside it, and of the keys it shares with others."""
     import transformers as t
