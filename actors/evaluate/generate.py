@@ -41,6 +41,8 @@ RENEW = 0.25
 CPU_KEYS_VALUES, GPU_KEYS_VALUES = 512 * 2**20, 0.4
 #: Attention that takes the slot of a key for its position (ALiBi, masks of its own): in a pack or a batch it would be wrong.
 _OWN_POSITIONS = ("bloom", "gpt_neo", "mpt")
+#: Models that carry a state from token to token, or compute every token anew; those with ``layer_types`` say so there.
+_NO_KEYS_VALUES = ("openai-gpt", "rwkv", "xlstm")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
 
 
@@ -120,12 +122,12 @@ class Generator:
         self.stats = Stats()
         self.limit = _context(self.config)
         self.ends = _end_tokens(model, tokenizer)
-        self._layer_types = set(getattr(self.config, "layer_types", None) or ())
+        self._layer_types = set(_setting(self.config, "layer_types") or ())
         if why := cannot_answer(self.config):
             raise CellError(why)
-        self._window = (
-            getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
-        )
+        windowed = self._layer_types or _setting(self.config, "sliding_window")
+        windowed = windowed and _setting(self.config, "use_sliding_window", True)
+        self._window = getattr(self.config, "sliding_window", None) if windowed else None
         self.progress: Callable[[int], None] = lambda done: None
 
     # -- answers ------------------------------------------------------------------------------------------------------
@@ -391,9 +393,20 @@ def cannot_answer(config: Any) -> str | None:
     """Why a model of this (text) configuration cannot answer here, or None."""
     if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} has layers of type {sorted(unknown)}: only key-value attention is supported"
+    if config.model_type in _NO_KEYS_VALUES:
+        return f"{config.model_type} keeps no keys and values: only key-value attention is supported"
+    if getattr(config, "cross_attention_layers", None):
+        return f"{config.model_type} has layers that attend to images: only key-value attention to text is supported"
     if config.model_type in _OWN_POSITIONS or getattr(config, "alibi", False):
         return f"{config.model_type} tells positions by the place of keys in memory, which this engine moves"
     return None
+
+
+def _setting(config: Any, name: str, default: Any = None) -> Any:
+    """What ``config`` says of ``name``, if its architecture knows that: a Llama made of a Qwen may keep Qwen's windows in its config.json,
+    and transformers passes over them."""
+    known = hasattr(type(config), name) or name in type(config).attribute_map
+    return getattr(config, name, default) if known else default
 
 
 def _context(config: Any) -> int | None:

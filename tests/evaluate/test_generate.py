@@ -9,7 +9,7 @@ import torch
 from comptrust.actors.compress.experts import split_experts
 from comptrust.actors.compress.structure import clone
 from comptrust.actors.errors import BadInput, CellError
-from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, _likelihood, noise
+from comptrust.actors.evaluate.generate import NEAR_TIE, Generator, Prompt, _likelihood, cannot_answer, noise
 from comptrust.actors.evaluate.packing import packs
 from comptrust.actors.evaluate.protocol import Decoding, Message
 from comptrust.actors.evaluate.template import check_template, encode, plain
@@ -284,6 +284,38 @@ def test_long_prompts_lose_their_beginning():
         generator.generate([Prompt("x", (8,))], Decoding(256))
 
 
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("Llama", {"sliding_window": 8}),
+        ("Llama", {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}),
+        ("Mistral", {"sliding_window": 8, "use_sliding_window": False}),
+        ("Mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_settings_of_another_architecture_change_nothing(kind, left):
+    """What config.json keeps of the model that this one was made of; transformers passes over it."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    model = sharpen(getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(**SHAPE, **left)))
+    pairs = [(p.tokens, (9, 10)) for p in prompts()]
+    for (context, end), result in zip(pairs, Generator(model).score(pairs), strict=True):
+        with torch.no_grad():
+            logits_KV = model(torch.tensor([context + end]), use_cache=False).logits[0, len(context) - 1 : -1]
+        expected = logits_KV.log_softmax(-1).gather(1, torch.tensor(end)[:, None]).sum()
+        assert result.logprob == pytest.approx(float(expected), abs=2e-4)
+
+
+def test_layers_of_kinds_need_no_windows():
+    """LFM2 names the kinds of its layers and has no setting of windows at all."""
+    import transformers as t
+
+    model = t.Lfm2ForCausalLM(t.Lfm2Config(**SHAPE, layer_types=["full_attention"] * 2))
+    assert not hasattr(model.config, "sliding_window")
+    assert Generator(model).score([((8, 9), (10,))])
+
+
 def test_long_rope_is_asked_within_its_first_frequencies():
     """A sequence beyond them changes the frequencies of all that is computed beside it, and of the keys it shares with others."""
     import transformers as t
@@ -306,12 +338,29 @@ def test_long_rope_is_asked_within_its_first_frequencies():
         assert answer.tokens == tuple(expected[0, ids.shape[1] :].tolist())[: len(answer.tokens)]
 
 
-def test_a_model_that_keeps_no_keys_and_values_is_refused():
+def test_a_model_that_keeps_no_keys_and_values_is_refused(monkeypatch):
     import transformers as t
 
     model = t.RwkvForCausalLM(t.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
     with pytest.raises(CellError, match="rwkv keeps no keys and values"):
+        Generator(model, Numbers())
+    monkeypatch.setattr(model.config, "model_type", "another")
+    with pytest.raises(CellError, match="another keeps no keys and values"):
         Generator(model, Numbers()).generate(prompts(), Decoding(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("OpenAIGPT", "openai-gpt keeps no keys and values"),
+        ("xLSTM", "xlstm keeps no keys and values"),
+        ("Mllama", "mllama_text_model has layers that attend to images"),
+    ],
+)
+def test_models_without_keys_and_values_of_text_are_refused_before_they_are_loaded(kind, why):
+    import transformers as t
+
+    assert cannot_answer(getattr(t, f"{kind}Config")().get_text_config()).startswith(why)
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "Mpt", "GPTNeo", "Falcon"])
