@@ -404,8 +404,9 @@ def cannot_answer(config: Any) -> str | None:
 
 def _setting(config: Any, name: str, default: Any = None) -> Any:
     """What ``config`` says of ``name``, if its architecture knows that: a Llama made of a Qwen may keep Qwen's windows in its config.json,
-    and transformers passes over them."""
-    known = hasattr(type(config), name) or name in type(config).attribute_map
+    and transformers passes over them. Configurations of a model's own code tell not what they know: all of it counts."""
+    kind = type(config)
+    known = hasattr(kind, name) or name in kind.attribute_map or not kind.__module__.startswith("transformers.")
     return getattr(config, name, default) if known else default
 
 

@@ -307,6 +307,19 @@ def test_settings_of_another_architecture_change_nothing(kind, left):
         assert result.logprob == pytest.approx(float(expected), abs=2e-4)
 
 
+def test_windows_of_a_configuration_with_code_of_its_own_count():
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedConfig
+
+    class OwnConfig(PreTrainedConfig):
+        pass
+
+    config = MistralConfig(**SHAPE, sliding_window=5)
+    model = MistralForCausalLM(config)
+    model.config = OwnConfig(**config.to_dict())
+    assert not hasattr(OwnConfig, "sliding_window")
+    assert Generator(model)._window == 5
+
+
 def test_layers_of_kinds_need_no_windows():
     """LFM2 names the kinds of its layers and has no setting of windows at all."""
     import transformers as t
